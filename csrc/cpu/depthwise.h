@@ -1,0 +1,143 @@
+// The cheap part: K x K depthwise correlation, stride 1, zero padding, over one plane or over one vector of channels.
+//
+// Both forms call emit(row, column or first flat pixel, value, mask) with the raw sum; the caller normalises and stores.
+// A block of outputs shares its loads: R rows of one column vector read R + K - 1 rows for R * K rows of multiply-adds.
+// The halo is never read: masked lanes stand for the zeros around the (already activated) map.
+#pragma once
+
+#include "vec.h"
+
+namespace fif::FIF_ISA {
+
+// Outputs of one block: as many sums as the registers hold beside the taps. f64 serves proofs, not speed: one.
+template <class A, int K>
+constexpr int kBlock = sizeof(A) == 8 ? 1 : K == 7 ? 2 : kRegisters == 32 ? (K == 3 ? 7 : 4) : (K == 3 ? 4 : 2);
+
+// ---- lanes along the pixels of one plane
+
+// Rows r, r + 1, ... r + R - 1 of one column vector. Masks say which lanes lie inside the plane after a shift by dx.
+template <int K, int R, class A, class In, class Emit>
+FIF_INLINE void plane_column(const In* in, int height, int width, int r, int column, const Vec<A> (&taps)[K * K],
+                             const Mask (&inside)[K], bool edge, Emit& emit) {
+  constexpr int P = K / 2;
+  Vec<A> acc[R] = {};
+  FIF_UNROLL for (int k = 0; k < R + K - 1; ++k) {
+    const int row = r - P + k;
+    if (row < 0 || row >= height) continue;
+    const In* p = in + (int64_t)row * width + column;
+    FIF_UNROLL for (int dx = 0; dx < K; ++dx) {
+      const Vec<A> v = kFreeMasks || edge ? load(p + dx - P, inside[dx]) : load(p + dx - P);
+      FIF_UNROLL for (int dy = 0; dy < K; ++dy) {
+        const int out = k - dy;
+        if (out >= 0 && out < R) acc[out] += v * taps[dy * K + dx];
+      }
+    }
+  }
+  FIF_UNROLL for (int i = 0; i < R; ++i) emit((int64_t)(r + i) * width + column, acc[i], inside[P]);
+}
+
+// Maps narrower than half a vector: a vector holds several whole rows, and every tap has a mask of its own.
+template <int K, class A, class In, class Emit>
+FIF_INLINE void plane_narrow(const In* in, int height, int width, int r0, int r1, const Vec<A> (&taps)[K * K], Emit& emit) {
+  constexpr int L = kLanes<A>, P = K / 2;
+  const int rows = L / width;
+  Mask columns[K];
+  FIF_UNROLL for (int dx = 0; dx < K; ++dx) {
+    columns[dx] = 0;
+    for (int l = 0; l < rows * width; ++l) {
+      const int c = l % width + dx - P;
+      if (c >= 0 && c < width) columns[dx] |= Mask(1) << l;
+    }
+  }
+  for (int r = r0; r < r1; r += rows) {
+    const Mask valid = first_lanes((int64_t)min_of(rows, r1 - r) * width);
+    Vec<A> acc[K] = {};
+    FIF_UNROLL for (int dy = 0; dy < K; ++dy) {
+      // Lanes whose row r + l / width + dy - P lies inside the plane: a run of whole rows.
+      const int first = r + dy - P;
+      const int below = first < 0 ? -first : 0, above = min_of(rows, height - first);
+      if (above <= below) continue;
+      const Mask inside = valid & first_lanes((int64_t)above * width) & ~first_lanes((int64_t)below * width);
+      const In* p = in + (int64_t)first * width;
+      FIF_UNROLL for (int dx = 0; dx < K; ++dx)
+        acc[dx] += load(p + dx - P, inside & columns[dx]) * taps[dy * K + dx];
+    }
+    FIF_UNROLL for (int dx = 1; dx < K; ++dx) acc[0] += acc[dx];
+    emit((int64_t)r * width, acc[0], valid);
+  }
+}
+
+// Rows [r0, r1) of a plane of dense pixels; taps are K * K numbers of the compute type.
+template <int K, class A, class In, class Emit>
+FIF_INLINE void depthwise_plane(const In* in, int height, int width, int r0, int r1, const A* weight, Emit emit) {
+  constexpr int L = kLanes<A>, P = K / 2;
+  constexpr int R = kBlock<A, K>;
+  Vec<A> taps[K * K];
+  FIF_UNROLL for (int t = 0; t < K * K; ++t) taps[t] = splat<A>(weight[t]);
+  if (2 * width <= L) return plane_narrow<K, A>(in, height, width, r0, r1, taps, emit);
+  for (int column = 0; column < width; column += L) {
+    const int lanes = min_of(L, width - column);
+    const bool edge = column < P || column + L + P > width;
+    Mask inside[K];
+    FIF_UNROLL for (int dx = 0; dx < K; ++dx) {
+      const int below = P - dx - column, above = min_of(lanes, width - column - dx + P);
+      inside[dx] = above <= 0 ? 0 : first_lanes(above) & ~(below > 0 ? first_lanes(below) : 0);
+    }
+    int r = r0;
+    for (; r + R <= r1; r += R) plane_column<K, R, A>(in, height, width, r, column, taps, inside, edge, emit);
+    for (; r < r1; ++r) plane_column<K, 1, A>(in, height, width, r, column, taps, inside, edge, emit);
+  }
+}
+
+// ---- lanes along channels: pixel p of the map at in + p * step
+
+template <int K, int Q, bool Whole, class A, class In, class Emit>
+FIF_INLINE void channel_row(const In* in, int64_t step, Mask mask, int height, int width, int r, int c,
+                            const Vec<A> (&taps)[K * K], Emit& emit) {
+  constexpr int P = K / 2;
+  Vec<A> acc[Q] = {};
+  FIF_UNROLL for (int dy = 0; dy < K; ++dy) {
+    const int row = r + dy - P;
+    if (row < 0 || row >= height) continue;
+    const In* p = in + (int64_t)row * width * step;
+    FIF_UNROLL for (int k = 0; k < Q + K - 1; ++k) {
+      const int column = c - P + k;
+      if (column < 0 || column >= width) continue;
+      const Vec<A> v = Whole ? load(p + column * step) : load(p + column * step, mask);
+      FIF_UNROLL for (int dx = 0; dx < K; ++dx) {
+        const int out = k - dx;
+        if (out >= 0 && out < Q) acc[out] += v * taps[dy * K + dx];
+      }
+    }
+  }
+  FIF_UNROLL for (int i = 0; i < Q; ++i) emit((int64_t)r * width + c + i, acc[i], mask);
+}
+
+// Rows [r0, r1); taps are K * K vectors, one lane a channel.
+template <int K, bool Whole, class A, class In, class Emit>
+FIF_INLINE void depthwise_channels(const In* in, int64_t step, Mask mask, int height, int width, int r0, int r1,
+                                   const Vec<A> (&taps)[K * K], Emit emit) {
+  constexpr int Q = kBlock<A, K>;
+  for (int r = r0; r < r1; ++r) {
+    int c = 0;
+    for (; c + Q <= width; c += Q) channel_row<K, Q, Whole, A>(in, step, mask, height, width, r, c, taps, emit);
+    for (; c < width; ++c) channel_row<K, 1, Whole, A>(in, step, mask, height, width, r, c, taps, emit);
+  }
+}
+
+// Calls f(std::integral_constant-like tag) with the kernel size as a constant.
+template <int Value>
+struct Constant {
+  static constexpr int value = Value;
+};
+template <class F>
+FIF_INLINE void with_kernel_size(int kernel, F f) {
+  switch (kernel) {
+    case 1: return f(Constant<1>{});
+    case 3: return f(Constant<3>{});
+    case 5: return f(Constant<5>{});
+    default: return f(Constant<7>{});
+  }
+}
+
+}  // namespace fif::FIF_ISA

@@ -1,0 +1,44 @@
+// c(i, j) = epilogue(sum over k of a(i, k) * b(k, j)), the one matrix product behind every pass.
+//
+// b and c are contiguous along j, which lies in vector lanes; a is broadcast and may have any strides. So
+//   NCHW primary          a = W[m, c]           b = x planes         c = maps         (lanes: pixels)
+//   NHWC primary          a = x[pixel, c]       b = W transposed     c = pixels       (lanes: channels)
+//   NCHW / NHWC grad_x    the same with W transposed and the maps' gradient for x
+//   NHWC grad_W           a = gradient^T        b = x                c = W
+// A tile of rows x vectors accumulators stays in registers over the whole depth; sums run over k in order, so a value
+// does not depend on the tile that it falls in, nor on the number of threads.
+#pragma once
+
+#include "activation.h"
+
+namespace fif::FIF_ISA {
+
+enum class Finish : int {
+  store,       // c = sum
+  accumulate,  // c += sum
+  by_row,      // c = activation(sum * scale[i] + shift[i])
+  by_column,   // c = activation(sum * scale[j] + shift[j])
+};
+
+template <class A, class B, class C>
+struct Gemm {
+  const A* a;
+  int64_t a_row, a_k;
+  const B* b;
+  int64_t b_k;
+  C* c;
+  int64_t c_row;
+  int64_t rows, cols, depth;
+  Finish finish = Finish::store;
+  const A* scale = nullptr;
+  const A* shift = nullptr;
+  Activation activation = Activation::none;
+};
+
+// The most rows that one tile holds; callers cut their channels into even blocks of at most this.
+constexpr int kTileRows = kRegisters == 32 ? 12 : 6;
+
+template <class A, class B, class C>
+void gemm(const Gemm<A, B, C>& g);
+
+}  // namespace fif::FIF_ISA

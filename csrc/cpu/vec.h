@@ -1,0 +1,298 @@
+// Vectors of the compute type (f32 or f64), loaded from and stored to f32, f64, bf16 and f16 memory, whole or masked.
+//
+// This header is compiled once per instruction set (FIF_ISA names the namespace) and must define nothing that the linker
+// could merge between variants: no standard-library templates, everything inside the namespace.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#ifndef FIF_ISA
+#error "compile with -DFIF_ISA=<variant>"
+#endif
+#define FIF_UNROLL _Pragma("GCC unroll 16")
+#define FIF_INLINE inline __attribute__((always_inline))
+
+namespace fif::FIF_ISA {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define FIF_AVX512 1
+constexpr int kVectorBytes = 64, kRegisters = 32;
+constexpr bool kFreeMasks = true;  // a masked access costs no more than a whole one
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define FIF_AVX2 1
+constexpr int kVectorBytes = 32, kRegisters = 16;
+constexpr bool kFreeMasks = false;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kRegisters = 32;
+constexpr bool kFreeMasks = false;
+#else
+constexpr int kVectorBytes = 16, kRegisters = 16;
+constexpr bool kFreeMasks = false;
+#endif
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class T>
+struct ComputeOf<const T> : ComputeOf<T> {};
+template <class T>
+using Compute = typename ComputeOf<T>::type;
+
+template <class E, int Bytes>
+struct VectorOf {
+  typedef E type __attribute__((vector_size(Bytes), may_alias));
+  typedef E unaligned __attribute__((vector_size(Bytes), may_alias, aligned(sizeof(E))));
+};
+template <class A>
+using Vec = typename VectorOf<A, kVectorBytes>::type;
+template <class A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+// Bit l set: lane l takes part. Masked loads give 0 in the other lanes and never touch their memory.
+using Mask = uint32_t;
+constexpr Mask kAll = ~Mask(0);
+FIF_INLINE Mask first_lanes(int64_t n) { return n >= 32 ? kAll : (Mask(1) << n) - 1; }
+template <class A>
+FIF_INLINE bool is_full(Mask m) {
+  constexpr Mask all = (Mask(1) << kLanes<A>)-1;
+  return (m & all) == all;
+}
+
+template <class N>
+FIF_INLINE N min_of(N a, N b) {
+  return b < a ? b : a;
+}
+template <class N>
+FIF_INLINE N max_of(N a, N b) {
+  return a < b ? b : a;
+}
+FIF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class A>
+FIF_INLINE Vec<A> splat(A v) {
+  return v - Vec<A>{};
+}
+
+using VecF = Vec<float>;
+using VecD = Vec<double>;
+using VecI = typename VectorOf<int32_t, kVectorBytes>::type;
+using VecU = typename VectorOf<uint32_t, kVectorBytes>::type;
+using HalfU = VectorOf<uint16_t, kVectorBytes / 2>;
+
+// ---- 16-bit formats: one vector of bits to one of floats and back, round to nearest even, NaN kept
+
+FIF_INLINE VecF widen_bf16(HalfU::type h) { return (VecF)(__builtin_convertvector(h, VecU) << 16); }
+
+FIF_INLINE HalfU::type narrow_bf16(VecF v) {
+  VecU u = (VecU)v;
+  VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  VecU nan = (VecU)(v != v);
+  return __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), HalfU::type);
+}
+
+FIF_INLINE VecF widen_f16(HalfU::type h) {
+#if defined(FIF_AVX512)
+  return (VecF)_mm512_cvtph_ps((__m256i)h);
+#elif defined(FIF_AVX2)
+  return (VecF)_mm256_cvtph_ps((__m128i)h);
+#else
+  VecU w = __builtin_convertvector(h, VecU);
+  VecU sign = (w & 0x8000u) << 16, magnitude = w & 0x7fffu;
+  VecF scaled = (VecF)(magnitude << 13) * 0x1p112f;  // exact, subnormals included
+  VecU special = (VecU)(magnitude >= 0x7c00u);       // inf, NaN
+  VecU bits = ((VecU)scaled & ~special) | (((magnitude << 13) | 0x7f800000u) & special);
+  return (VecF)(bits | sign);
+#endif
+}
+
+FIF_INLINE HalfU::type narrow_f16(VecF v) {
+#if defined(FIF_AVX512)
+  return (HalfU::type)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(FIF_AVX2)
+  return (HalfU::type)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  VecU u = (VecU)v, sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  VecU nan = (VecU)(magnitude > 0x7f800000u);
+  VecU large = (VecU)(magnitude >= 0x47800000u);  // 65536 and more: inf; 65520..65535 round up to it below
+  VecU small = (VecU)(magnitude < 0x38800000u);   // below 2^-14: subnormal, rounded by the addition of 1/2
+  VecU normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  VecU subnormal = (VecU)((VecF)magnitude + 0.5f) - 0x3f000000u;
+  VecU bits = (normal & ~small & ~large) | (subnormal & small) | (0x7c00u & large);
+  bits = (bits & ~nan) | (0x7e00u & nan);
+  return __builtin_convertvector(bits | sign, HalfU::type);
+#endif
+}
+
+FIF_INLINE VecF widen(const bf16*, HalfU::type h) { return widen_bf16(h); }
+FIF_INLINE VecF widen(const f16*, HalfU::type h) { return widen_f16(h); }
+FIF_INLINE HalfU::type narrow(const bf16*, VecF v) { return narrow_bf16(v); }
+FIF_INLINE HalfU::type narrow(const f16*, VecF v) { return narrow_f16(v); }
+
+// ---- whole vectors
+
+FIF_INLINE VecF load(const float* p) { return *(const VectorOf<float, kVectorBytes>::unaligned*)p; }
+FIF_INLINE VecD load(const double* p) { return *(const VectorOf<double, kVectorBytes>::unaligned*)p; }
+FIF_INLINE void store(float* p, VecF v) { *(VectorOf<float, kVectorBytes>::unaligned*)p = v; }
+FIF_INLINE void store(double* p, VecD v) { *(VectorOf<double, kVectorBytes>::unaligned*)p = v; }
+
+template <class T>
+FIF_INLINE VecF load(const T* p) {
+  return widen(p, *(const HalfU::unaligned*)p);
+}
+template <class T>
+FIF_INLINE void store(T* p, VecF v) {
+  *(HalfU::unaligned*)p = narrow(p, v);
+}
+
+// ---- masked vectors: raw memory lanes first, then the format
+
+template <class V, class E>
+FIF_INLINE V gather_lanes(const E* p, int64_t stride, Mask m) {
+  V v{};
+  for (int l = 0; l < (int)(sizeof(V) / sizeof(E)); ++l)
+    if (m >> l & 1) v[l] = p[l * stride];
+  return v;
+}
+template <class V, class E>
+FIF_INLINE void scatter_lanes(E* p, int64_t stride, V v, Mask m) {
+  for (int l = 0; l < (int)(sizeof(V) / sizeof(E)); ++l)
+    if (m >> l & 1) p[l * stride] = v[l];
+}
+
+#if defined(FIF_AVX512)
+FIF_INLINE VecF load(const float* p, Mask m) { return (VecF)_mm512_maskz_loadu_ps((__mmask16)m, p); }
+FIF_INLINE VecD load(const double* p, Mask m) { return (VecD)_mm512_maskz_loadu_pd((__mmask8)m, p); }
+FIF_INLINE void store(float* p, VecF v, Mask m) { _mm512_mask_storeu_ps(p, (__mmask16)m, (__m512)v); }
+FIF_INLINE void store(double* p, VecD v, Mask m) { _mm512_mask_storeu_pd(p, (__mmask8)m, (__m512d)v); }
+FIF_INLINE HalfU::type load_bits(const uint16_t* p, Mask m) {
+  return (HalfU::type)_mm256_maskz_loadu_epi16((__mmask16)m, p);
+}
+FIF_INLINE void store_bits(uint16_t* p, HalfU::type v, Mask m) {
+  _mm256_mask_storeu_epi16(p, (__mmask16)m, (__m256i)v);
+}
+#else
+#if defined(FIF_AVX2)
+FIF_INLINE __m256i lane_mask(Mask m) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)m), bit), bit);
+}
+FIF_INLINE VecF load(const float* p, Mask m) { return (VecF)_mm256_maskload_ps(p, lane_mask(m)); }
+FIF_INLINE void store(float* p, VecF v, Mask m) { _mm256_maskstore_ps(p, lane_mask(m), (__m256)v); }
+#else
+FIF_INLINE VecF load(const float* p, Mask m) { return gather_lanes<VecF>(p, 1, m); }
+FIF_INLINE void store(float* p, VecF v, Mask m) { scatter_lanes(p, 1, v, m); }
+#endif
+FIF_INLINE VecD load(const double* p, Mask m) { return gather_lanes<VecD>(p, 1, m); }
+FIF_INLINE void store(double* p, VecD v, Mask m) { scatter_lanes(p, 1, v, m); }
+FIF_INLINE HalfU::type load_bits(const uint16_t* p, Mask m) { return gather_lanes<HalfU::type>(p, 1, m); }
+FIF_INLINE void store_bits(uint16_t* p, HalfU::type v, Mask m) { scatter_lanes(p, 1, v, m); }
+#endif
+
+template <class T>
+FIF_INLINE VecF load(const T* p, Mask m) {
+  return widen(p, load_bits(&p->bits, m));
+}
+template <class T>
+FIF_INLINE void store(T* p, VecF v, Mask m) {
+  store_bits(&p->bits, narrow(p, v), m);
+}
+
+// ---- lanes a stride apart (the cheap maps of one primary map when there are several)
+
+FIF_INLINE VecF load_strided(const float* p, int64_t stride, Mask m) { return gather_lanes<VecF>(p, stride, m); }
+FIF_INLINE VecD load_strided(const double* p, int64_t stride, Mask m) { return gather_lanes<VecD>(p, stride, m); }
+FIF_INLINE void store_strided(float* p, int64_t stride, VecF v, Mask m) { scatter_lanes(p, stride, v, m); }
+FIF_INLINE void store_strided(double* p, int64_t stride, VecD v, Mask m) { scatter_lanes(p, stride, v, m); }
+template <class T>
+FIF_INLINE VecF load_strided(const T* p, int64_t stride, Mask m) {
+  return widen(p, gather_lanes<HalfU::type>(&p->bits, stride, m));
+}
+template <class T>
+FIF_INLINE void store_strided(T* p, int64_t stride, VecF v, Mask m) {
+  scatter_lanes(&p->bits, stride, narrow(p, v), m);
+}
+
+// ---- arithmetic that the operators of vector types do not express
+
+// The larger of two, NaN if v is NaN (as torch's relu keeps NaN).
+FIF_INLINE VecF max_keep_nan(VecF bound, VecF v) {
+#if defined(FIF_AVX512)
+  return (VecF)_mm512_max_ps((__m512)bound, (__m512)v);
+#elif defined(FIF_AVX2)
+  return (VecF)_mm256_max_ps((__m256)bound, (__m256)v);
+#else
+  return v < bound ? bound : v;
+#endif
+}
+FIF_INLINE VecF min_keep_nan(VecF bound, VecF v) {
+#if defined(FIF_AVX512)
+  return (VecF)_mm512_min_ps((__m512)bound, (__m512)v);
+#elif defined(FIF_AVX2)
+  return (VecF)_mm256_min_ps((__m256)bound, (__m256)v);
+#else
+  return v > bound ? bound : v;
+#endif
+}
+FIF_INLINE VecD max_keep_nan(VecD bound, VecD v) { return v < bound ? bound : v; }
+FIF_INLINE VecD min_keep_nan(VecD bound, VecD v) { return v > bound ? bound : v; }
+
+// v with zeros in the lanes that the mask leaves out.
+template <class V>
+FIF_INLINE V keep_lanes(V v, Mask m) {
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+#if defined(FIF_AVX512)
+  if constexpr (lanes == 16)
+    return (V)_mm512_maskz_mov_epi32((__mmask16)m, (__m512i)v);
+  else
+    return (V)_mm512_maskz_mov_epi64((__mmask8)m, (__m512i)v);
+#else
+  for (int l = 0; l < lanes; ++l)
+    if (!(m >> l & 1)) v[l] = 0;
+  return v;
+#endif
+}
+
+// Lanes summed in a fixed tree, so that the result does not depend on the compiler's choice.
+template <class A>
+FIF_INLINE A sum_lanes(Vec<A> v) {
+  A lane[kLanes<A>];
+  memcpy(lane, &v, sizeof v);
+  FIF_UNROLL for (int half = kLanes<A> / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+  return lane[0];
+}
+
+template <class T>
+FIF_INLINE Compute<T> to_compute(T v) {
+  return v;
+}
+template <>
+FIF_INLINE float to_compute(bf16 v) {
+  uint32_t u = uint32_t(v.bits) << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+template <>
+FIF_INLINE float to_compute(f16 v) {
+  return load(&v, Mask(1))[0];
+}
+
+}  // namespace fif::FIF_ISA

@@ -1,0 +1,95 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace fif {
+
+#define FIF_DECLARE(isa)                                          \
+  namespace isa {                                                 \
+  void infer(const Problem&, const InferArgs&, const Threads&);   \
+  void train(const Problem&, const TrainArgs&, const Threads&);   \
+  void backward(const Problem&, const BackwardArgs&, const Threads&); \
+  }                                                               \
+  static const Kernels isa##_kernels{#isa, isa::infer, isa::train, isa::backward};
+
+FIF_DECLARE(baseline)
+#if defined(__x86_64__)
+FIF_DECLARE(avx2)
+FIF_DECLARE(avx512)
+FIF_DECLARE(amx)
+#endif
+#undef FIF_DECLARE
+
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
+}
+// The tiles' registers are large, and Linux hands them out only on request.
+bool has_amx() {
+  if (!has_avx512() || !__builtin_cpu_supports("avx512bf16")) return false;
+  unsigned a, b, c, d;
+  __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
+  const bool tiles = (d >> 24 & 1) && (d >> 22 & 1);  // AMX-TILE and AMX-BF16
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+struct Available {
+  const Kernels* list[5] = {&baseline_kernels};
+  Available() {
+#if defined(__x86_64__)
+    int n = 1;
+    if (has_avx2()) list[n++] = &avx2_kernels;
+    if (has_avx512()) list[n++] = &avx512_kernels;
+    if (has_amx()) list[n++] = &amx_kernels;
+#endif
+  }
+};
+
+struct Choice {
+  const Kernels* kernels = nullptr;
+  std::string error;
+  Choice() {
+    const char* wanted = std::getenv("FIF_OPS_CPU_ISA");
+    std::string names;
+    for (const Kernels* const* k = available_kernels(); *k; ++k) {
+      if (!wanted || !*wanted || std::strcmp(wanted, (*k)->name) == 0) kernels = *k;
+      names += (names.empty() ? "" : ", ") + std::string((*k)->name);
+    }
+    if (!kernels)
+      error = "FIF_OPS_CPU_ISA is '" + std::string(wanted) + "': must be one of " + names + " on this processor, or unset";
+  }
+};
+
+}  // namespace
+
+const Kernels* const* available_kernels() {
+  static const Available available;
+  return available.list;
+}
+
+const Kernels* chosen_kernels(const char** error) {
+  static const Choice choice;
+  *error = choice.error.c_str();
+  return choice.kernels;
+}
+
+}  // namespace fif

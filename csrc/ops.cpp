@@ -1,0 +1,407 @@
+// The operators of fif_ops: schemas, the checks that every backend shares, and the CPU implementation on top of the
+// kernels that csrc/dispatch.cpp picked. LibTorch Stable ABI only.
+//
+// Users reach these through fif_ops.feature_augment, which explains bad input in words; the checks here only make sure
+// that no call, however odd, reads or writes outside a tensor.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "dispatch.h"
+#include "problem.h"
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+namespace fif {
+namespace {
+
+const Kernels& kernels() {
+  const char* error = nullptr;
+  const Kernels* found = chosen_kernels(&error);
+  STD_TORCH_CHECK(found != nullptr, error);
+  return *found;
+}
+
+Threads threads() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int64_t tasks, void (*body)(void*, int64_t, int64_t, int), void* state) {
+            torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+              uint32_t thread = 0;
+              torch_get_thread_idx(&thread);
+              body(state, begin, end, static_cast<int>(thread));
+            });
+          }};
+}
+
+Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::Double: return Dtype::f64;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: STD_TORCH_CHECK(false, "x must be float32, float64, bfloat16 or float16");
+  }
+}
+
+ScalarType compute_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// ---- layouts
+
+// torch's own rule for the results of convolutions; fif_ops.reference.memory_format_of is its twin.
+bool is_channels_last(const Tensor& x) {
+  if (x.stride(1) == 0) return false;
+  int64_t smallest = 0;
+  for (int dim : {1, 3, 2, 0}) {
+    if (x.size(dim) == 0 || x.stride(dim) < smallest || (dim == 0 && smallest == x.stride(1))) return false;
+    smallest = x.stride(dim) * x.size(dim);
+  }
+  return true;
+}
+
+// x itself if its pixels lie at one regular step in the layout asked for, else a copy that does.
+Tensor regular(const Tensor& x, bool channels_last) {
+  const int64_t height = x.size(2), width = x.size(3);
+  if (channels_last) {
+    const bool rows = height == 1 || width == 1 || x.stride(2) == width * x.stride(3);
+    if ((x.size(1) == 1 || x.stride(1) == 1) && rows) return x;
+    return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  }
+  if ((width == 1 || x.stride(3) == 1) && (height == 1 || x.stride(2) == width)) return x;
+  return torch::stable::contiguous(x);
+}
+
+int64_t step_of(const Tensor& x, bool channels_last) {
+  if (!channels_last) return x.stride(1);
+  return x.size(3) > 1 ? x.stride(3) : x.size(2) > 1 ? x.stride(2) : x.size(1);
+}
+
+Input input(const Tensor& x, bool channels_last) {
+  return {x.const_data_ptr(), x.stride(0), step_of(x, channels_last)};
+}
+Output output(const Tensor& x, bool channels_last) {
+  return {x.mutable_data_ptr(), x.stride(0), step_of(x, channels_last)};
+}
+
+Tensor new_map(const Tensor& like, int64_t channels, bool channels_last) {
+  const int64_t size[] = {like.size(0), channels, like.size(2), like.size(3)};
+  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+Tensor new_tensor(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
+  return torch::stable::empty(size, dtype, std::nullopt, like.device());
+}
+
+// ---- parameters
+
+// Tensors of one value a channel as dense arrays of the compute type; keeps what it converted alive.
+class Parameters {
+ public:
+  Parameters(ScalarType type) : type_(type) {}
+
+  const void* get(const OptionalTensor& t, int64_t channels, const char* name) {
+    if (!t) return nullptr;
+    STD_TORCH_CHECK(t->is_cpu(), name, " must be on the CPU, like x");
+    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, name, " must have ", channels, " values");
+    Tensor dense = t->scalar_type() == type_ ? *t : torch::stable::to(*t, type_);
+    dense = torch::stable::contiguous(dense);
+    kept_.push_back(dense);
+    return dense.const_data_ptr();
+  }
+
+  // 1 / sqrt(variance + eps)
+  const void* rstd(const OptionalTensor& variance, int64_t channels, double eps, const char* name) {
+    const void* values = get(variance, channels, name);
+    if (!values) return nullptr;
+    return computed(channels, [&](auto* out, int64_t i) {
+      using A = std::remove_pointer_t<decltype(out)>;
+      out[i] = A(1) / std::sqrt(static_cast<const A*>(values)[i] + A(eps));
+    });
+  }
+
+  // mean - bias: normalising a convolution without its bias needs the mean without it too
+  const void* less(const void* mean, const void* bias, int64_t channels) {
+    if (!mean || !bias) return mean;
+    return computed(channels, [&](auto* out, int64_t i) {
+      using A = std::remove_pointer_t<decltype(out)>;
+      out[i] = static_cast<const A*>(mean)[i] - static_cast<const A*>(bias)[i];
+    });
+  }
+
+ private:
+  template <class F>
+  const void* computed(int64_t channels, F f) {
+    const int64_t size[] = {channels};
+    Tensor out = torch::stable::empty(size, type_);
+    kept_.push_back(out);
+    void* data = out.mutable_data_ptr();
+    for (int64_t i = 0; i < channels; ++i)
+      type_ == ScalarType::Double ? f(static_cast<double*>(data), i) : f(static_cast<float*>(data), i);
+    return data;
+  }
+
+  ScalarType type_;
+  std::vector<Tensor> kept_;
+};
+
+// One normalisation as the operators take it. Without mean and var (and batch statistics) there is none, and the
+// convolution's bias is all that is added.
+struct NormArgs {
+  const OptionalTensor &conv_bias, &weight, &bias, &mean, &var;
+  double eps;
+};
+
+Affine affine(Parameters& parameters, const NormArgs& n, int64_t channels, bool batch, const std::string& name) {
+  const void* conv_bias = parameters.get(n.conv_bias, channels, (name + "_bias").c_str());
+  const void* weight = parameters.get(n.weight, channels, (name + "_norm weight").c_str());
+  const void* bias = parameters.get(n.bias, channels, (name + "_norm bias").c_str());
+  if (batch) return {nullptr, nullptr, weight, bias};  // a bias before batch statistics changes nothing
+  STD_TORCH_CHECK(n.mean.has_value() == n.var.has_value(), name, "_norm needs both running_mean and running_var, or neither");
+  if (!n.mean) {
+    STD_TORCH_CHECK(!n.weight && !n.bias, name, "_norm without statistics must have no weight and no bias");
+    return {nullptr, nullptr, nullptr, conv_bias};
+  }
+  const void* mean = parameters.get(n.mean, channels, (name + "_norm running_mean").c_str());
+  const void* rstd = parameters.rstd(n.var, channels, n.eps, (name + "_norm running_var").c_str());
+  return {parameters.less(mean, conv_bias, channels), rstd, weight, bias};
+}
+
+// ---- the problem
+
+void check_like(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && x.is_cpu(), name, " and x must both be on the CPU");
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have x's dtype");
+}
+
+Problem problem_of(const Tensor& x, const Tensor& primary_weight, const Tensor& cheap_weight, int64_t out_channels,
+                   int64_t activation, bool splice) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions (B, C, H, W), got ", x.dim());
+  check_like(primary_weight, x, "primary_weight");
+  check_like(cheap_weight, x, "cheap_weight");
+  const Tensor &w1 = primary_weight, &w2 = cheap_weight;
+  STD_TORCH_CHECK(w1.dim() == 4 && w1.size(0) > 0 && w1.size(1) == x.size(1) && w1.size(2) == 1 && w1.size(3) == 1,
+                  "primary_weight must be (M, ", x.size(1), ", 1, 1)");
+  const int64_t maps = w1.size(0);
+  STD_TORCH_CHECK(w2.dim() == 4 && w2.size(0) > 0 && w2.size(0) % maps == 0 && w2.size(1) == 1 && w2.size(2) == w2.size(3),
+                  "cheap_weight must be (S * ", maps, ", 1, d, d)");
+  const int64_t kernel = w2.size(2);
+  STD_TORCH_CHECK(kernel == 1 || kernel == 3 || kernel == 5 || kernel == 7, "cheap_weight's d must be 1, 3, 5 or 7, got ", kernel);
+  STD_TORCH_CHECK(0 <= activation && activation <= static_cast<int>(Activation::gelu), "activation must be a code from 0 to 5");
+  STD_TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, "x must have channels and pixels");
+  STD_TORCH_CHECK(x.size(2) < (1 << 30) && x.size(3) < (1 << 30), "x's height and width must be below 2^30");
+  Problem p{.batch = x.size(0),
+            .in_channels = x.size(1),
+            .height = x.size(2),
+            .width = x.size(3),
+            .primary = maps,
+            .multiplier = w2.size(0) / maps,
+            .out_channels = out_channels,
+            .kernel = static_cast<int>(kernel),
+            .activation = static_cast<Activation>(activation),
+            .splice = splice,
+            .channels_last = is_channels_last(x),
+            .dtype = dtype_of(x)};
+  STD_TORCH_CHECK(p.kept_primary() <= out_channels && 0 < out_channels && out_channels <= p.kept_primary() + p.cheap(),
+                  "out_channels is ", out_channels, ": must be from ", splice ? p.primary : 1, " to ", p.kept_primary() + p.cheap());
+  return p;
+}
+
+Tensor infer(const Tensor& x, const Tensor& primary_weight, const Tensor& cheap_weight, const OptionalTensor& primary_bias,
+             const OptionalTensor& cheap_bias, const OptionalTensor& weight1, const OptionalTensor& bias1,
+             const OptionalTensor& mean1, const OptionalTensor& var1, const OptionalTensor& weight2,
+             const OptionalTensor& bias2, const OptionalTensor& mean2, const OptionalTensor& var2, double eps1, double eps2,
+             int64_t out_channels, int64_t activation, bool splice) {
+  const Problem p = problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice);
+  Parameters parameters(compute_type(x));
+  const Tensor dense = regular(x, p.channels_last);
+  const Tensor w1 = torch::stable::contiguous(primary_weight), w2 = torch::stable::contiguous(cheap_weight);
+  const Tensor out = new_map(x, out_channels, p.channels_last);
+  const InferArgs args{input(dense, p.channels_last),
+                       w1.const_data_ptr(),
+                       w2.const_data_ptr(),
+                       affine(parameters, {primary_bias, weight1, bias1, mean1, var1, eps1}, p.primary, false, "primary"),
+                       affine(parameters, {cheap_bias, weight2, bias2, mean2, var2, eps2}, p.cheap(), false, "cheap"),
+                       output(out, p.channels_last)};
+  if (p.batch > 0) kernels().infer(p, args, threads());
+  return out;
+}
+
+// running = (1 - momentum) * running + momentum * (batch + bias), in the running statistic's own dtype
+void update_running(const OptionalTensor& running, const Tensor& batch, const OptionalTensor& bias, double momentum) {
+  if (!running || momentum == 0.0) return;
+  const bool wide = batch.scalar_type() == ScalarType::Double;
+  Tensor fresh = torch::stable::contiguous(torch::stable::to(*running, batch.scalar_type()));
+  if (fresh.const_data_ptr() == running->const_data_ptr()) fresh = torch::stable::clone(fresh);
+  const Tensor offset = bias ? torch::stable::contiguous(torch::stable::to(*bias, batch.scalar_type())) : fresh;
+  auto update = [&](auto* to, const auto* from, const auto* plus) {
+    for (int64_t i = 0; i < batch.numel(); ++i)
+      to[i] = (1 - momentum) * to[i] + momentum * (from[i] + (bias ? plus[i] : 0));
+  };
+  if (wide)
+    update(static_cast<double*>(fresh.mutable_data_ptr()), static_cast<const double*>(batch.const_data_ptr()),
+           static_cast<const double*>(offset.const_data_ptr()));
+  else
+    update(static_cast<float*>(fresh.mutable_data_ptr()), static_cast<const float*>(batch.const_data_ptr()),
+           static_cast<const float*>(offset.const_data_ptr()));
+  Tensor target = *running;
+  torch::stable::copy_(target, fresh);
+}
+
+// Returns the output, the primary maps before normalisation, and [mean, rstd] of both normalisations.
+std::tuple<Tensor, Tensor, Tensor, Tensor> train(
+    const Tensor& x, const Tensor& primary_weight, const Tensor& cheap_weight, const OptionalTensor& primary_bias,
+    const OptionalTensor& cheap_bias, const OptionalTensor& weight1, const OptionalTensor& bias1, const OptionalTensor& mean1,
+    const OptionalTensor& var1, const OptionalTensor& weight2, const OptionalTensor& bias2, const OptionalTensor& mean2,
+    const OptionalTensor& var2, double eps1, double eps2, int64_t out_channels, int64_t activation, bool splice, bool batch1,
+    bool batch2, double momentum1, double momentum2) {
+  const Problem p = problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice);
+  const ScalarType type = compute_type(x);
+  Parameters parameters(type);
+  const Tensor dense = regular(x, p.channels_last);
+  const Tensor w1 = torch::stable::contiguous(primary_weight), w2 = torch::stable::contiguous(cheap_weight);
+  const Tensor out = new_map(x, out_channels, p.channels_last), raw = new_map(x, p.primary, p.channels_last);
+  const Tensor stats1 = new_tensor(x, {2, p.primary}, type), stats2 = new_tensor(x, {2, p.cheap()}, type);
+  const Tensor fresh1 = new_tensor(x, {p.primary}, type), fresh2 = new_tensor(x, {p.cheap()}, type);
+  const TrainArgs args{
+      .x = input(dense, p.channels_last),
+      .primary_weight = w1.const_data_ptr(),
+      .cheap_weight = w2.const_data_ptr(),
+      .primary = affine(parameters, {primary_bias, weight1, bias1, mean1, var1, eps1}, p.primary, batch1, "primary"),
+      .cheap = affine(parameters, {cheap_bias, weight2, bias2, mean2, var2, eps2}, p.cheap(), batch2, "cheap"),
+      .primary_batch = batch1,
+      .cheap_batch = batch2,
+      .primary_eps = eps1,
+      .cheap_eps = eps2,
+      .out = output(out, p.channels_last),
+      .raw = output(raw, p.channels_last),
+      .primary_stats = stats1.mutable_data_ptr(),
+      .cheap_stats = stats2.mutable_data_ptr(),
+      .primary_variance = fresh1.mutable_data_ptr(),
+      .cheap_variance = fresh2.mutable_data_ptr()};
+  if (p.batch == 0) {
+    Tensor s1 = stats1, s2 = stats2;
+    torch::stable::zero_(s1);
+    torch::stable::zero_(s2);
+    return {out, raw, stats1, stats2};
+  }
+  kernels().train(p, args, threads());
+  if (batch1) {
+    update_running(mean1, torch::stable::select(stats1, 0, 0), primary_bias, momentum1);
+    update_running(var1, fresh1, std::nullopt, momentum1);
+  }
+  if (batch2) {
+    update_running(mean2, torch::stable::select(stats2, 0, 0), cheap_bias, momentum2);
+    update_running(var2, fresh2, std::nullopt, momentum2);
+  }
+  return {out, raw, stats1, stats2};
+}
+
+// Gradients of x, primary_weight, cheap_weight (empty where not wanted) and of [weight, bias] of both normalisations.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad, const Tensor& x, const Tensor& primary_weight, const Tensor& cheap_weight, const Tensor& raw,
+    const Tensor& stats1, const Tensor& stats2, const OptionalTensor& weight1, const OptionalTensor& bias1,
+    const OptionalTensor& weight2, const OptionalTensor& bias2, int64_t activation, bool splice, bool batch1, bool batch2,
+    bool need_x, bool need_primary_weight) {
+  const Problem p = problem_of(x, primary_weight, cheap_weight, grad.dim() == 4 ? grad.size(1) : 0, activation, splice);
+  const ScalarType type = compute_type(x);
+  check_like(grad, x, "grad");
+  check_like(raw, x, "raw");
+  auto same_map = [&](const Tensor& t, int64_t channels, const char* name) {
+    STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == p.batch && t.size(1) == channels && t.size(2) == p.height && t.size(3) == p.width,
+                    name, " must be (", p.batch, ", ", channels, ", ", p.height, ", ", p.width, ")");
+  };
+  same_map(grad, p.out_channels, "grad");
+  same_map(raw, p.primary, "raw");
+  auto statistics = [&](const Tensor& t, int64_t channels, const char* name) {
+    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == 2 && t.size(1) == channels && t.is_contiguous() && t.is_cpu() && t.scalar_type() == type,
+                    name, " must be what fif_ops::train returned");
+    const char* data = static_cast<const char*>(t.const_data_ptr());
+    return std::pair<const void*, const void*>(data, data + channels * (type == ScalarType::Double ? 8 : 4));
+  };
+  const auto [mean1, rstd1] = statistics(stats1, p.primary, "stats1");
+  const auto [mean2, rstd2] = statistics(stats2, p.cheap(), "stats2");
+  Parameters parameters(type);
+  const bool last = p.channels_last;
+  const Tensor dense = regular(x, last), dense_grad = regular(grad, last), dense_raw = regular(raw, last);
+  const Tensor w1 = torch::stable::contiguous(primary_weight), w2 = torch::stable::contiguous(cheap_weight);
+  const ScalarType dtype = x.scalar_type();
+  Tensor grad_x = need_x ? new_map(x, p.in_channels, last) : new_tensor(x, {0}, dtype);
+  Tensor grad_w1 = new_tensor(x, need_primary_weight ? std::vector<int64_t>{p.primary, p.in_channels, 1, 1} : std::vector<int64_t>{0}, dtype);
+  Tensor grad_w2 = new_tensor(x, {p.cheap(), 1, p.kernel, p.kernel}, dtype);
+  Tensor grad_norm1 = new_tensor(x, {2, p.primary}, type), grad_norm2 = new_tensor(x, {2, p.cheap()}, type);
+  if (p.batch == 0) {
+    for (Tensor* t : {&grad_x, &grad_w1, &grad_w2, &grad_norm1, &grad_norm2}) torch::stable::zero_(*t);
+    return {grad_x, grad_w1, grad_w2, grad_norm1, grad_norm2};
+  }
+  const BackwardArgs args{
+      .grad = input(dense_grad, last),
+      .x = input(dense, last),
+      .raw = input(dense_raw, last),
+      .primary_weight = w1.const_data_ptr(),
+      .cheap_weight = w2.const_data_ptr(),
+      .primary = {mean1, rstd1, parameters.get(weight1, p.primary, "weight1"), parameters.get(bias1, p.primary, "bias1")},
+      .cheap = {mean2, rstd2, parameters.get(weight2, p.cheap(), "weight2"), parameters.get(bias2, p.cheap(), "bias2")},
+      .primary_batch = batch1,
+      .cheap_batch = batch2,
+      .grad_x = need_x ? output(grad_x, last) : Output{},
+      .grad_primary_weight = need_primary_weight ? grad_w1.mutable_data_ptr() : nullptr,
+      .grad_cheap_weight = grad_w2.mutable_data_ptr(),
+      .grad_primary_affine = grad_norm1.mutable_data_ptr(),
+      .grad_cheap_affine = grad_norm2.mutable_data_ptr()};
+  kernels().backward(p, args, threads());
+  return {grad_x, grad_w1, grad_w2, grad_norm1, grad_norm2};
+}
+
+}  // namespace
+}  // namespace fif
+
+// What Python asks about the library itself, by plain C calls.
+extern "C" {
+__attribute__((visibility("default"))) const char* fif_ops_cpu_isa() {
+  const char* error = nullptr;
+  const fif::Kernels* k = fif::chosen_kernels(&error);
+  return k ? k->name : error;
+}
+__attribute__((visibility("default"))) const char* fif_ops_cpu_isas() {
+  static const std::string names = [] {
+    std::string joined;
+    for (const fif::Kernels* const* k = fif::available_kernels(); *k; ++k) joined += (joined.empty() ? "" : " ") + std::string((*k)->name);
+    return joined;
+  }();
+  return names.c_str();
+}
+}
+
+STABLE_TORCH_LIBRARY(fif_ops, m) {
+  m.def(
+      "infer(Tensor x, Tensor primary_weight, Tensor cheap_weight, Tensor? primary_bias, Tensor? cheap_bias, "
+      "Tensor? weight1, Tensor? bias1, Tensor? mean1, Tensor? var1, Tensor? weight2, Tensor? bias2, Tensor? mean2, "
+      "Tensor? var2, float eps1, float eps2, int out_channels, int activation, bool splice) -> Tensor");
+  m.def(
+      "train(Tensor x, Tensor primary_weight, Tensor cheap_weight, Tensor? primary_bias, Tensor? cheap_bias, "
+      "Tensor? weight1, Tensor? bias1, Tensor(a!)? mean1, Tensor(b!)? var1, Tensor? weight2, Tensor? bias2, "
+      "Tensor(c!)? mean2, Tensor(d!)? var2, float eps1, float eps2, int out_channels, int activation, bool splice, "
+      "bool batch1, bool batch2, float momentum1, float momentum2) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "backward(Tensor grad, Tensor x, Tensor primary_weight, Tensor cheap_weight, Tensor raw, Tensor stats1, Tensor stats2, "
+      "Tensor? weight1, Tensor? bias1, Tensor? weight2, Tensor? bias2, int activation, bool splice, bool batch1, bool batch2, "
+      "bool need_x, bool need_primary_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fif_ops, CPU, m) {
+  m.impl("infer", TORCH_BOX(&fif::infer));
+  m.impl("train", TORCH_BOX(&fif::train));
+  m.impl("backward", TORCH_BOX(&fif::backward));
+}

@@ -1,0 +1,99 @@
+// One unit's sizes and options, and the plain-pointer arguments of its three passes. No torch headers: the same structs
+// serve the kernels of every backend, the sanitizer builds and the operators.
+#pragma once
+
+#include <cstdint>
+
+namespace fif {
+
+enum class Dtype : int { f32, f64, bf16, f16 };
+
+// The codes are part of the operators' schema (fif_ops/ops.py has the names). Up to relu6 an activation is a clamp.
+enum class Activation : int { none, relu, relu6, hardswish, silu, gelu };
+
+struct Problem {
+  int64_t batch, in_channels, height, width;
+  int64_t primary;       // primary maps (M)
+  int64_t multiplier;    // cheap maps per primary map (S); map m's are m*S ... m*S + S-1
+  int64_t out_channels;  // channels kept of [primary maps, cheap maps], or of the cheap maps alone without splice
+  int kernel;            // cheap kernel size: 1, 3, 5 or 7, zero padding (kernel - 1) / 2 *after* the activation
+  Activation activation;
+  bool splice;         // the primary maps come first in the output
+  bool channels_last;  // of every activation tensor
+  Dtype dtype;         // of activations and convolution weights; normalisation is in the compute type (f32, or f64)
+
+  int64_t pixels() const { return height * width; }
+  int64_t cheap() const { return primary * multiplier; }
+  int64_t kept_primary() const { return splice ? primary : 0; }
+};
+
+// An activation tensor [B, C, H, W] whose pixels lie at one regular step.
+//   NCHW: element (n, c, p) at n*batch + c*step + p       (step: channel stride, pixels dense)
+//   NHWC: element (n, c, p) at n*batch + p*step + c       (step: pixel stride, channels dense)
+template <class Pointer>
+struct Map {
+  Pointer data = nullptr;
+  int64_t batch = 0, step = 0;
+};
+using Input = Map<const void*>;
+using Output = Map<void*>;
+
+// y = (x - mean) * rstd * weight + bias, one value a channel, in the compute type. A null pointer stands for 0 or 1.
+struct Affine {
+  const void* mean = nullptr;
+  const void* rstd = nullptr;
+  const void* weight = nullptr;
+  const void* bias = nullptr;
+};
+
+// at::parallel_for behind a plain function pointer: body(begin, end, thread) over [0, tasks), thread < count.
+struct Threads {
+  int count;
+  void (*run)(int64_t tasks, void (*body)(void* state, int64_t begin, int64_t end, int thread), void* state);
+};
+
+struct InferArgs {
+  Input x;
+  const void* primary_weight;  // [M, C]
+  const void* cheap_weight;    // [M*S, K, K]
+  Affine primary, cheap;
+  Output out;
+};
+
+struct TrainArgs {
+  Input x;
+  const void* primary_weight;
+  const void* cheap_weight;
+  Affine primary, cheap;               // mean and rstd are ignored where batch statistics are asked for
+  bool primary_batch, cheap_batch;     // normalise with batch statistics
+  double primary_eps, cheap_eps;
+  Output out;
+  Output raw;                          // [B, M, H, W]: the primary maps before normalisation, kept for backward
+  void* primary_stats;                 // [2, M] compute type: mean, rstd
+  void* cheap_stats;                   // [2, M*S]
+  void* primary_variance;              // [M] unbiased, or null; written where batch statistics are asked for
+  void* cheap_variance;                // [M*S]
+};
+
+struct BackwardArgs {
+  Input grad, x, raw;
+  const void* primary_weight;
+  const void* cheap_weight;
+  Affine primary, cheap;            // as normalised in forward: mean and rstd of the batch, or frozen ones
+  bool primary_batch, cheap_batch;  // whether the statistics depend on the input
+  Output grad_x;                    // data null: not wanted
+  void* grad_primary_weight;        // [M, C] or null
+  void* grad_cheap_weight;          // [M*S, K, K]
+  void* grad_primary_affine;        // [2, M] compute type: of weight (gamma), of bias (beta)
+  void* grad_cheap_affine;          // [2, M*S]
+};
+
+// What one instruction-set variant offers; csrc/dispatch.cpp picks one at load.
+struct Kernels {
+  const char* name;
+  void (*infer)(const Problem&, const InferArgs&, const Threads&);
+  void (*train)(const Problem&, const TrainArgs&, const Threads&);
+  void (*backward)(const Problem&, const BackwardArgs&, const Threads&);
+};
+
+}  // namespace fif

@@ -1,0 +1,169 @@
+"""The autograd Function of the fused unit: one operator forward, one backward, all gradients by hand.
+
+Saved between them: the inputs, the primary maps before normalisation, and mean and rstd of both normalisations; all the
+rest is recomputed. A second derivative goes through the composition of the reference, which is differentiable.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import Norm, compose
+
+
+class Options(NamedTuple):
+    """What the operators take beside tensors; ``batch`` says which normalisation uses batch statistics."""
+
+    eps: tuple[float, float]
+    out_channels: int
+    activation: str | None
+    activation_code: int
+    splice: bool
+    batch: tuple[bool, bool]
+    momentum: tuple[float, float]
+
+
+class FusedUnit(torch.autograd.Function):
+    """Apply to x, both convolutions' weights and biases, [weight, bias, running mean, running variance] of both norms."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        primary_weight: Tensor,
+        cheap_weight: Tensor,
+        primary_bias: Tensor | None,
+        cheap_bias: Tensor | None,
+        weight1: Tensor | None,
+        bias1: Tensor | None,
+        mean1: Tensor | None,
+        var1: Tensor | None,
+        weight2: Tensor | None,
+        bias2: Tensor | None,
+        mean2: Tensor | None,
+        var2: Tensor | None,
+        options: Options,
+    ) -> Tensor:
+        convolutions = (x, primary_weight, cheap_weight, primary_bias, cheap_bias)
+        norms = (weight1, bias1, mean1, var1, weight2, bias2, mean2, var2)
+        out, raw, stats1, stats2 = train(convolutions, norms, options)
+        ctx.save_for_backward(*convolutions, weight1, bias1, weight2, bias2, raw, stats1, stats2)
+        ctx.options = options
+        ctx.normed = (options.batch[0] or mean1 is not None, options.batch[1] or mean2 is not None)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable_backward(ctx, grad)
+        x, w1, w2, primary_bias, cheap_bias, weight1, bias1, weight2, bias2, raw, stats1, stats2 = ctx.saved_tensors
+        options: Options = ctx.options
+        need = ctx.needs_input_grad
+        shift1 = bias1 if ctx.normed[0] else primary_bias
+        shift2 = bias2 if ctx.normed[1] else cheap_bias
+        grad_x, grad_w1, grad_w2, norm1, norm2 = torch.ops.fif_ops.backward(
+            grad,
+            x,
+            w1,
+            w2,
+            raw,
+            stats1,
+            stats2,
+            weight1,
+            shift1,
+            weight2,
+            shift2,
+            options.activation_code,
+            options.splice,
+            *options.batch,
+            need[0],
+            need[1],
+        )
+        return (
+            grad_x if need[0] else None,
+            grad_w1 if need[1] else None,
+            grad_w2 if need[2] else None,
+            _bias_gradient(primary_bias, norm1, stats1, weight1, ctx.normed[0], options.batch[0]) if need[3] else None,
+            _bias_gradient(cheap_bias, norm2, stats2, weight2, ctx.normed[1], options.batch[1]) if need[4] else None,
+            norm1[0].to(weight1.dtype) if need[5] else None,
+            norm1[1].to(bias1.dtype) if need[6] else None,
+            None,
+            None,
+            norm2[0].to(weight2.dtype) if need[9] else None,
+            norm2[1].to(bias2.dtype) if need[10] else None,
+            None,
+            None,
+            None,
+        )
+
+
+def train(
+    convolutions: tuple[Tensor | None, ...], norms: tuple[Tensor | None, ...], options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The forward operator that can use batch statistics: output, raw primary maps, [mean, rstd] of both norms."""
+    return torch.ops.fif_ops.train(
+        *convolutions,
+        *norms,
+        *options.eps,
+        options.out_channels,
+        options.activation_code,
+        options.splice,
+        *options.batch,
+        *options.momentum,
+    )
+
+
+def _bias_gradient(
+    bias: Tensor, norm: Tensor, stats: Tensor, weight: Tensor | None, normed: bool, batch: bool
+) -> Tensor:
+    """Of a convolution's bias, from the gradient of what is added after the normalisation."""
+    if batch:
+        return torch.zeros_like(bias)  # batch statistics take a constant away again
+    gradient = norm[1]
+    if normed:
+        gradient = gradient * stats[1] if weight is None else gradient * stats[1] * weight
+    return gradient.to(bias.dtype)
+
+
+def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The same gradients as functions of inputs and ``grad``: the backward of the composition."""
+    options: Options = ctx.options
+    saved = ctx.saved_tensors
+    stats = (saved[10], saved[11])
+    # Aliases, so that only the way through this unit counts where a tensor is used elsewhere too.
+    tensors = [None if t is None else t.view_as(t) for t in saved[:9]]
+    x, w1, w2, primary_bias, cheap_bias, weight1, bias1, weight2, bias2 = tensors
+
+    def norm(i: int, conv_bias: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Norm | None:
+        if not ctx.normed[i]:
+            return None
+        if options.batch[i]:
+            return Norm(weight, bias, None, None, True, 0.0, options.eps[i])
+        mean, rstd = stats[i]
+        if conv_bias is not None:
+            mean = mean + conv_bias.detach()
+        return Norm(weight, bias, mean, rstd**-2 - options.eps[i], False, 0.0, options.eps[i])
+
+    out = compose(
+        x,
+        w1,
+        w2,
+        primary_bias=primary_bias,
+        cheap_bias=cheap_bias,
+        primary_norm=norm(0, primary_bias, weight1, bias1),
+        cheap_norm=norm(1, cheap_bias, weight2, bias2),
+        out_channels=options.out_channels,
+        activation=options.activation,
+        splice=options.splice,
+    )
+    # Positions of the nine saved inputs among forward's arguments.
+    places = (0, 1, 2, 3, 4, 5, 6, 9, 10)
+    wanted = [(place, t) for place, t in zip(places, tensors, strict=True) if ctx.needs_input_grad[place]]
+    gradients = torch.autograd.grad(out, [t for _, t in wanted], grad, create_graph=True, allow_unused=True)
+    result: list[Tensor | None] = [None] * 14
+    for (place, _), gradient in zip(wanted, gradients, strict=True):
+        result[place] = gradient
+    return tuple(result)

@@ -1,0 +1,149 @@
+"""Who can run a unit, and why not.
+
+One predicate per backend answers both questions: the automatic choice takes the first backend that can run the problem,
+an explicit choice raises the reason of one that cannot. The reference runs everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+
+class Problem(NamedTuple):
+    """What decides which backend runs a unit: its tensors and the options that not every kernel has."""
+
+    x: Tensor
+    primary_weight: Tensor
+    cheap_weight: Tensor
+    stride: int
+    padding: int
+    groups: int
+
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Backend:
+    """A way to run units; ``reason`` says why this machine, or this problem, rules it out ("" if it does not)."""
+
+    name: str
+
+    def unavailable(self) -> str:
+        """Why this backend can run nothing here, or ""."""
+        return ""
+
+    def reason(self, problem: Problem) -> str:
+        """Why this backend cannot run the problem, or ""."""
+        return ""
+
+    def can_run(self, problem: Problem, raise_error: bool = False) -> bool:
+        """Whether the backend runs the problem; with ``raise_error``, ValueError with the reason if it does not."""
+        reason = self.reason(problem)
+        if reason and raise_error:
+            raise ValueError(f"backend={self.name!r} cannot run this unit: {reason}")
+        return not reason
+
+
+class _Reference(Backend):
+    name = "reference"
+
+
+class _Cpu(Backend):
+    name = "cpu"
+
+    def unavailable(self) -> str:
+        if not ops.LOADED:
+            return ops.library_info()["error"]
+        isa, isas = ops.CPU_ISA, ops.CPU_ISAS
+        return "" if isa in isas else isa
+
+    def reason(self, problem: Problem) -> str:
+        x, primary, cheap, stride, padding, groups = problem
+        if not ops.LOADED or ops.CPU_ISA not in ops.CPU_ISAS:
+            return self.unavailable()
+        if x.device.type != "cpu":
+            return f"x is on {x.device}, not on the CPU"
+        if x.dtype not in _CPU_DTYPES:
+            return f"x is {x.dtype}; the kernels take float32, bfloat16, float16 and float64"
+        if primary.shape[2] != 1 or primary.shape[3] != 1 or padding != 0:
+            return f"the primary kernel is {primary.shape[2]}x{primary.shape[3]} with padding {padding}, not 1x1 without"
+        if stride != 1:
+            return f"the primary stride is {stride}, not 1"
+        if groups != 1:
+            return f"the primary convolution has {groups} groups, not 1"
+        if cheap.shape[1] != 1:
+            return f"a cheap kernel reads {cheap.shape[1]} primary maps, not 1"
+        if cheap.shape[2] not in (1, 3, 5, 7):
+            return f"the cheap kernel is {cheap.shape[2]}x{cheap.shape[3]}, not 1x1, 3x3, 5x5 or 7x7"
+        if x.numel() == 0:
+            return "x is empty"
+        return ""
+
+
+_ORDER: tuple[Backend, ...] = (_Cpu(), _Reference())
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ORDER}
+REFERENCE = BACKENDS["reference"]
+
+_forced: str | None = None
+_told = False
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}: must be one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Within the block, every unit runs on the backend of this name, or raises ValueError with the reason why not."""
+    global _forced
+    before, _forced = _forced, _checked(name, "name")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def wanted(backend: str | None) -> str | None:
+    """The backend that the caller, ``use`` or the variable FIF_OPS_BACKEND asks for, in this order; None: any."""
+    if backend is not None:
+        return _checked(backend, "backend")
+    if _forced is not None:
+        return _forced
+    name = os.environ.get("FIF_OPS_BACKEND", "")
+    return _checked(name, "FIF_OPS_BACKEND") if name else None
+
+
+def choose(problem: Problem, backend: str | None = None) -> Backend:
+    """The backend that runs the problem. Raises ValueError if the one asked for cannot."""
+    name = wanted(backend)
+    if name is not None:
+        BACKENDS[name].can_run(problem, raise_error=True)
+        return BACKENDS[name]
+    chosen = next(candidate for candidate in _ORDER if not candidate.reason(problem))
+    if chosen is REFERENCE and not ops.LOADED:
+        _tell_once()
+    return chosen
+
+
+def _tell_once() -> None:
+    global _told
+    if not _told:
+        _told = True
+        reason = BACKENDS["cpu"].unavailable()
+        warnings.warn(f"fif_ops runs on its reference path: {reason}", RuntimeWarning, stacklevel=4)
+
+
+def describe() -> list[tuple[str, bool, str]]:
+    """(name, available here, reason) of every backend, in the order in which they are tried."""
+    return [(b.name, not b.unavailable(), b.unavailable()) for b in _ORDER]

@@ -1,0 +1,195 @@
+"""The functional form of the unit: checks its arguments once, in words, and hands them to a kernel or to the reference."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .autograd import FusedUnit, Options, train
+from .ops import ACTIVATION_CODES
+from .reference import Norm, compose
+
+_NO_NORM = Norm(None, None, None, None, False, 0.0, 0.0)
+
+
+def feature_augment(
+    x: Tensor,
+    primary_weight: Tensor,
+    cheap_weight: Tensor,
+    *,
+    primary_bias: Tensor | None = None,
+    cheap_bias: Tensor | None = None,
+    primary_norm: Norm | None = None,
+    cheap_norm: Norm | None = None,
+    out_channels: int | None = None,
+    activation: str | None = "relu",
+    splice: bool = True,
+    stride: int = 1,
+    padding: int | None = None,
+    groups: int = 1,
+    shared: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """The feature augment unit in one pass over memory, forward and backward; differentiable twice.
+
+    Args:
+        x: (B, C, H, W), any strides; float32, bfloat16, float16 or float64.
+        primary_weight: (M, C/groups, k, k), x's dtype; ``primary_bias`` (M) or None.
+        cheap_weight: (N, c, d, d), d odd, x's dtype; (n, c, d, d) if ``shared``, N = n * M/c. ``cheap_bias`` (N) or (n).
+        primary_norm, cheap_norm: batch normalisation after each convolution, or None; in training mode their running
+            statistics are updated in place.
+        out_channels: how many maps to keep; None keeps all.
+        activation: after both normalisations: None, "relu", "relu6", "silu", "hardswish" or "gelu" (exact).
+        splice: primary maps first, then cheap ones (kernel s of map m at m*S + s); else the cheap ones alone.
+        stride, padding, groups: of the primary convolution; padding None means k // 2.
+        backend: a name of ``fif_ops.backends.BACKENDS``; None takes the fastest that can run the unit.
+
+    Returns: (B, out_channels, H', W'), a fresh tensor in x's memory format. Under autocast, of the autocast dtype.
+    Raises: TypeError or ValueError, naming the argument, its value and what would be right.
+    Source: S0 [0142]-[0197]; the zero padding of the cheap convolution comes after the activation.
+    """
+    _check_tensor("x", x, "(batch, channels, height, width)")
+    _check_tensor("primary_weight", primary_weight, "(M, channels / groups, k, k)")
+    _check_tensor("cheap_weight", cheap_weight, "(N, c, d, d)")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, primary_weight, cheap_weight = x.to(dtype), primary_weight.to(dtype), cheap_weight.to(dtype)
+        primary_bias = None if primary_bias is None else primary_bias.to(dtype)
+        cheap_bias = None if cheap_bias is None else cheap_bias.to(dtype)
+    maps, matrix = primary_weight.shape[0], cheap_weight.shape[1]
+    if shared and matrix == 1 and maps > 0:
+        # One kernel set repeated for every map is an ordinary depthwise convolution, which the kernels have.
+        cheap_weight = cheap_weight.repeat(maps, 1, 1, 1)
+        cheap_bias = None if cheap_bias is None else cheap_bias.repeat(maps)
+        shared = False
+    padding = primary_weight.shape[-1] // 2 if padding is None else padding
+    cheap_maps = cheap_weight.shape[0] * (maps // matrix if shared and matrix else 1)
+    total = cheap_maps + (maps if splice else 0)
+    _check(x, primary_weight, cheap_weight, groups, shared, activation)
+    out_channels = total if out_channels is None else out_channels
+    if not 0 < out_channels <= total:
+        raise ValueError(f"out_channels={out_channels}: must be from 1 to {total}, the maps that the unit makes")
+    for name, norm, bias, channels in (
+        ("primary", primary_norm, primary_bias, maps),
+        ("cheap", cheap_norm, cheap_bias, cheap_maps),
+    ):
+        if bias is not None or norm is not None:
+            _check_channels(name, norm, bias, channels // (maps // matrix) if name == "cheap" and shared else channels, x)
+
+    problem = backends.Problem(x, primary_weight, cheap_weight, stride, padding, groups)
+    chosen = backends.choose(problem, backend)
+    if chosen is backends.REFERENCE or (splice and out_channels < maps):
+        return compose(
+            x,
+            primary_weight,
+            cheap_weight,
+            primary_bias=primary_bias,
+            cheap_bias=cheap_bias,
+            primary_norm=primary_norm,
+            cheap_norm=cheap_norm,
+            out_channels=out_channels,
+            activation=activation,
+            splice=splice,
+            stride=stride,
+            padding=padding,
+            groups=groups,
+            shared=shared,
+        )
+    convolutions = (x, primary_weight, cheap_weight, primary_bias, cheap_bias)
+    return _fused(convolutions, primary_norm or _NO_NORM, cheap_norm or _NO_NORM, out_channels, activation, splice)
+
+
+def _fused(
+    convolutions: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    norm1: Norm,
+    norm2: Norm,
+    out_channels: int,
+    activation: str | None,
+    splice: bool,
+) -> Tensor:
+    x = convolutions[0]
+    batch1, batch2 = norm1.training, norm2.training
+    if (batch1 or batch2) and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    weight1, bias1, mean1, var1 = norm1[:4]
+    weight2, bias2, mean2, var2 = norm2[:4]
+    norms = (weight1, bias1, mean1, var1, weight2, bias2, mean2, var2)
+    code = ACTIVATION_CODES[activation]
+    wants_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (*convolutions, weight1, bias1, weight2, bias2)
+    )
+    if not (wants_grad or batch1 or batch2):
+        return torch.ops.fif_ops.infer(*convolutions, *norms, norm1.eps, norm2.eps, out_channels, code, splice)
+    options = Options(
+        (norm1.eps, norm2.eps),
+        out_channels,
+        activation,
+        code,
+        splice,
+        (batch1, batch2),
+        (norm1.momentum, norm2.momentum),
+    )
+    if wants_grad:
+        return FusedUnit.apply(*convolutions, *norms, options)
+    return train(convolutions, norms, options)[0]
+
+
+def _check_tensor(name: str, value: object, shape: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: must be a torch.Tensor of shape {shape}")
+    if value.dim() != 4:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: must have 4 dimensions, {shape}")
+
+
+def _check(
+    x: Tensor, primary_weight: Tensor, cheap_weight: Tensor, groups: int, shared: bool, activation: str | None
+) -> None:
+    maps, matrix = primary_weight.shape[0], cheap_weight.shape[1]
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x is {x.dtype}: must be a floating type; convert it with x.float()")
+    for name, weight in (("primary_weight", primary_weight), ("cheap_weight", cheap_weight)):
+        if weight.dtype != x.dtype:
+            raise TypeError(f"{name} is {weight.dtype} and x is {x.dtype}: must be the same; cast one, or use autocast")
+        if weight.device != x.device:
+            raise ValueError(f"{name} is on {weight.device} and x on {x.device}: must be on the same device")
+        if weight.shape[2] != weight.shape[3] or weight.shape[2] < 1:
+            _bad_shape(name, weight, "square kernels")
+    if groups < 1 or primary_weight.shape[1] * groups != x.shape[1]:
+        raise ValueError(
+            f"x has {x.shape[1]} channels, and primary_weight {tuple(primary_weight.shape)} with groups={groups} takes "
+            f"{primary_weight.shape[1] * groups}: must be equal"
+        )
+    if maps < 1 or maps % groups:
+        _bad_shape("primary_weight", primary_weight, f"a positive multiple of groups={groups} kernels")
+    if matrix < 1 or maps % matrix:
+        _bad_shape("cheap_weight", cheap_weight, f"kernels over a divisor of the {maps} primary maps")
+    if cheap_weight.shape[0] < 1 or (not shared and cheap_weight.shape[0] % (maps // matrix)):
+        _bad_shape("cheap_weight", cheap_weight, f"a positive multiple of {maps // matrix} kernels")
+    if cheap_weight.shape[2] % 2 == 0:
+        _bad_shape("cheap_weight", cheap_weight, "an odd kernel size, to keep the size of the maps")
+    if activation not in ACTIVATION_CODES:
+        raise ValueError(f"activation={activation!r}: must be one of {', '.join(map(repr, ACTIVATION_CODES))}")
+
+
+def _bad_shape(name: str, value: Tensor, wanted: str) -> NoReturn:
+    raise ValueError(f"{name} has shape {tuple(value.shape)}: must have {wanted}")
+
+
+def _check_channels(name: str, norm: Norm | None, bias: Tensor | None, channels: int, x: Tensor) -> None:
+    tensors = [(f"{name}_bias", bias)]
+    if norm is not None:
+        tensors += [(f"{name}_norm.{field}", getattr(norm, field)) for field in Norm._fields[:4]]
+        if not norm.training and (norm.running_mean is None or norm.running_var is None):
+            raise ValueError(f"{name}_norm has training=False and no running statistics: give both, or training=True")
+    for what, value in tensors:
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{what} is a {type(value).__name__}: must be a torch.Tensor of {channels} values")
+        if value.dim() != 1 or value.shape[0] != channels:
+            raise ValueError(f"{what} has shape {tuple(value.shape)}: must be ({channels},), one value a channel")
+        if value.device != x.device:
+            raise ValueError(f"{what} is on {value.device} and x on {x.device}: must be on the same device")

@@ -1,0 +1,71 @@
+"""The spindle module: one unit widens, another narrows, with an optional strided convolution and shortcut."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..modules import FusedFiF
+from ..reference import FeatureAugment, positive_integer
+
+VARIANTS = ("patent", "table2")
+
+
+class Spindle(nn.Module):
+    """FiF (in -> hidden, relu), [depthwise 3x3 with the stride], FiF (hidden -> out, linear), [+ shortcut].
+
+    ``variant="patent"`` is the text of S0: the depthwise convolution is there if stride > 1, the shortcut if
+    stride == 1 (1x1 convolution + normalisation if the channels change). ``variant="table2"`` meets the counts of
+    S0's Table 2 more closely: no depthwise convolution, the stride lies in the second unit's primary convolution, and
+    there is always a shortcut (1x1 convolution + normalisation if channels or size change).
+
+    Args:
+        in_channels, hidden_channels, out_channels: maps in, between the units and out; S0 wants hidden > out, but
+            HWNet's first spindle has them equal.
+        stride: the result has ceil(H / stride) x ceil(W / stride) pixels.
+        variant: "patent" or "table2".
+        fused: whether the units are FusedFiF or FeatureAugment; parameters and checkpoint keys are the same.
+
+    Shapes: x (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride)).
+    Raises TypeError or ValueError for sizes that are not positive integers, ValueError for an unknown variant.
+    Source: S0 [0199]-[0241].
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        *,
+        variant: str = "patent",
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"variant={variant!r}: must be one of {', '.join(map(repr, VARIANTS))}")
+        positive_integer("stride", stride)
+        unit = FusedFiF if fused else FeatureAugment
+        literal = variant == "patent"
+        self.fif1 = unit(in_channels, hidden_channels)
+        self.depthwise: nn.Module | None = None
+        if literal and stride > 1:
+            self.depthwise = nn.Sequential(
+                nn.Conv2d(hidden_channels, hidden_channels, 3, stride, 1, groups=hidden_channels, bias=False),
+                nn.BatchNorm2d(hidden_channels),
+            )
+        self.fif2 = unit(hidden_channels, out_channels, stride=1 if literal else stride, activation=None)
+        self.shortcut: nn.Module | None = None
+        if stride == 1 and in_channels == out_channels:
+            self.shortcut = nn.Identity()
+        elif stride == 1 or not literal:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, in_channels, H, W). Returns (B, out_channels, ceil(H / stride), ceil(W / stride))."""
+        y = self.fif1(x)
+        if self.depthwise is not None:
+            y = self.depthwise(y)
+        y = self.fif2(y)
+        return y if self.shortcut is None else y + self.shortcut(x)
