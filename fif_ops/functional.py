@@ -54,7 +54,7 @@ def feature_augment(
     _check_tensor("x", x, "(batch, channels, height, width)")
     _check_tensor("primary_weight", primary_weight, "(M, channels / groups, k, k)")
     _check_tensor("cheap_weight", cheap_weight, "(N, c, d, d)")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, primary_weight, cheap_weight = x.to(dtype), primary_weight.to(dtype), cheap_weight.to(dtype)
         primary_bias = None if primary_bias is None else primary_bias.to(dtype)
@@ -72,12 +72,8 @@ def feature_augment(
     out_channels = total if out_channels is None else out_channels
     if not 0 < out_channels <= total:
         raise ValueError(f"out_channels={out_channels}: must be from 1 to {total}, the maps that the unit makes")
-    for name, norm, bias, channels in (
-        ("primary", primary_norm, primary_bias, maps),
-        ("cheap", cheap_norm, cheap_bias, cheap_maps),
-    ):
-        if bias is not None or norm is not None:
-            _check_channels(name, norm, bias, channels // (maps // matrix) if name == "cheap" and shared else channels, x)
+    _check_channels("primary", primary_norm, maps, primary_bias, maps, x)
+    _check_channels("cheap", cheap_norm, cheap_maps, cheap_bias, cheap_weight.shape[0], x)
 
     problem = backends.Problem(x, primary_weight, cheap_weight, stride, padding, groups)
     chosen = backends.choose(problem, backend)
@@ -178,18 +174,24 @@ def _bad_shape(name: str, value: Tensor, wanted: str) -> NoReturn:
     raise ValueError(f"{name} has shape {tuple(value.shape)}: must have {wanted}")
 
 
-def _check_channels(name: str, norm: Norm | None, bias: Tensor | None, channels: int, x: Tensor) -> None:
-    tensors = [(f"{name}_bias", bias)]
-    if norm is not None:
-        tensors += [(f"{name}_norm.{field}", getattr(norm, field)) for field in Norm._fields[:4]]
-        if not norm.training and (norm.running_mean is None or norm.running_var is None):
-            raise ValueError(f"{name}_norm has training=False and no running statistics: give both, or training=True")
-    for what, value in tensors:
-        if value is None:
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{what} is a {type(value).__name__}: must be a torch.Tensor of {channels} values")
-        if value.dim() != 1 or value.shape[0] != channels:
-            raise ValueError(f"{what} has shape {tuple(value.shape)}: must be ({channels},), one value a channel")
-        if value.device != x.device:
-            raise ValueError(f"{what} is on {value.device} and x on {x.device}: must be on the same device")
+def _check_channels(
+    name: str, norm: Norm | None, norm_channels: int, bias: Tensor | None, bias_channels: int, x: Tensor
+) -> None:
+    if bias is not None:
+        _check_vector(f"{name}_bias", bias, bias_channels, x)
+    if norm is None:
+        return
+    if not norm.training and (norm.running_mean is None or norm.running_var is None):
+        raise ValueError(f"{name}_norm has training=False and no running statistics: give both, or training=True")
+    for field, value in zip(Norm._fields[:4], norm[:4], strict=True):
+        if value is not None:
+            _check_vector(f"{name}_norm.{field}", value, norm_channels, x)
+
+
+def _check_vector(name: str, value: object, channels: int, x: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: must be a torch.Tensor of {channels} values")
+    if value.dim() != 1 or value.shape[0] != channels:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: must be ({channels},), one value a channel")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device} and x on {x.device}: must be on the same device")
