@@ -218,7 +218,7 @@ class BuildSanitized(BuildKernels):
         if NO_KERNELS:
             stop(f"nothing to sanitize: {NO_KERNELS}")
         checks = f"-fsanitize={os.environ.get('FIF_OPS_SANITIZE') or 'address,undefined'} -fno-sanitize-recover"
-        build_library("build/sanitize", f"-O1 -g -fno-omit-frame-pointer {checks}", checks)
+        build_library("build/sanitize", f"-O1 -g1 -fno-omit-frame-pointer {checks}", checks)
 
 
 class Build(build):

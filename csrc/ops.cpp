@@ -36,8 +36,10 @@ Threads threads() {
   return {static_cast<int>(torch::stable::get_num_threads()),
           [](int64_t tasks, void (*body)(void*, int64_t, int64_t, int), void* state) {
             torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+              // All tasks in one call is also what happens inside somebody else's parallel region, whose index means
+              // nothing here.
               uint32_t thread = 0;
-              torch_get_thread_idx(&thread);
+              if (begin != 0 || end != tasks) torch_get_thread_idx(&thread);
               body(state, begin, end, static_cast<int>(thread));
             });
           }};

@@ -2,9 +2,9 @@
 // gradient through activation, normalisation and depthwise part, and leave the gradient of the raw maps; then two products,
 // for the input and for the primary weight.
 //
-// Memory traffic per pixel: the output's gradient and raw read, the raw maps' gradient (M, compute type) written and read
-// twice, C read, C written. Sums have a fixed order whatever the number of threads: a unit, and a block of rows of the
-// weight's gradient, is one task.
+// Memory traffic per pixel: the output's gradient (M + N) and raw read, and read again where a unit is too large for the
+// cache; the raw maps' gradient (M, compute type) written twice and read three times; C read, C written. Sums have a fixed
+// order whatever the number of threads: a unit, and a row of the weight's gradient, belongs to one task.
 #include "pass.h"
 
 namespace fif::FIF_ISA {
@@ -33,31 +33,42 @@ class UnitBackward {
   const BackwardArgs& a;
   const Unit<A, Planar> unit;
   const int64_t size;
-  A* const y;         // activated primary maps
-  A* const z;         // cheap maps before normalisation
-  A* const grad_z;    // their gradient
-  A* const grad_y;    // gradient of the primary maps from the cheap part, then before activation
+  const bool keep;  // planes of the whole batch, or of one image at a time
+  A* const y;       // activated primary maps
+  A* const z;       // cheap maps before normalisation
+  A* const grad_z;  // gradient of the cheap maps, before activation, then before normalisation
+  A* const grad_y;  // gradient of one image's primary maps from the cheap part
+  const Norm<A> primary_norm;
+  const Clamp<A> clamp;
 
  public:
-  static constexpr int kPlanes = 4;
-  UnitBackward(const Problem& problem, const BackwardArgs& args, int64_t index, A* scratch)
-      : p(problem), a(args), unit(problem, index), size(unit.plane_size(problem)), y(scratch), z(y + p.batch * size),
-        grad_z(z + p.batch * size), grad_y(grad_z + p.batch * size) {}
+  static constexpr int kKept = 3;
+  static int64_t scratch(const Problem& p) {
+    return (kKept * slots(p) + 1) * Unit<A, Planar>::plane_size(p);
+  }
+  UnitBackward(const Problem& problem, const BackwardArgs& args, int64_t index, A* memory)
+      : p(problem), a(args), unit(problem, index), size(unit.plane_size(problem)), keep(slots(p) == p.batch), y(memory),
+        z(y + slots(p) * size), grad_z(z + slots(p) * size), grad_y(grad_z + slots(p) * size),
+        primary_norm(unit, a.primary, 1, 0), clamp(p.activation) {}
 
+  // Rounds over the batch: two for each of a primary map's cheap maps (sums, then gradients), of which the last one yields
+  // the primary maps' sums too, and one for the primary normalisation, over what the others left in grad_raw.
   void run(const A* cheap_weight, const Output& grad_raw) {
-    const Norm<A> norm(unit, a.primary, 1, 0);
-    const Clamp<A> clamp(p.activation);
+    Sums sums;
+    for (int64_t s = 0; s < p.multiplier; ++s) cheap(cheap_weight, s, grad_raw, sums);
+    sums.finish(*this, primary_norm, a.primary_batch, a.grad_primary_affine, p.primary, 1, 0);
     for (int64_t n = 0; n < p.batch; ++n) {
       const auto raw = raw_plane(n);
-      unit.each([&](int64_t at, int64_t i, Mask) {
-        store(y + n * size + at, activate<A>(raw.load(i) * norm.scale + norm.shift, p.activation, clamp));
+      const Plane<A, Planar> out(unit, grad_raw, n, unit.channel, 1, p.primary);
+      unit.each([&](int64_t, int64_t i, Mask m) {
+        out.store(i, through_norm(out.load(i), raw.load(i), primary_norm, sums, m));
       });
     }
-    for (int64_t s = 0; s < p.multiplier; ++s) cheap(cheap_weight, s);
-    primary(norm, grad_raw);
   }
 
  private:
+  static int64_t slots(const Problem& p) { return keeps_planes<A, Planar>(p, kKept) ? p.batch : 1; }
+  A* slot(A* planes, int64_t n) const { return planes + (keep ? n : 0) * size; }
   Plane<const T, Planar> raw_plane(int64_t n) const { return {unit, a.raw, n, unit.channel, 1, p.primary}; }
 
   // Sums of the gradient before activation and of it times the centred value: the gradients of bias and, times rstd,
@@ -77,67 +88,86 @@ class UnitBackward {
     }
   };
 
-  void cheap(const A* weight, int64_t s) {
+  // Gradient before the activation, given it after, at value; lanes that do not exist are zero.
+  FIF_INLINE Vec<A> through_activation(Vec<A> g, Vec<A> value, const Norm<A>& norm, Mask m) const {
+    return keep_lanes(activation_gradient<A>(g, value * norm.scale + norm.shift, p.activation), m);
+  }
+  FIF_INLINE Vec<A> through_norm(Vec<A> g, Vec<A> value, const Norm<A>& norm, const Sums& sums, Mask m) const {
+    return keep_lanes(norm.scale * (g - sums.alpha - sums.beta * (value - norm.mean)), m);
+  }
+
+  void cheap(const A* weight, int64_t s, const Output& grad_raw, Sums& primary_sums) {
     const Norm<A> norm(unit, a.cheap, p.multiplier, s);
-    Vec<A> taps[kMostTaps], weight_sums[kMostTaps] = {};
+    Vec<A> taps[kMostTaps], turned[kMostTaps], weight_sums[kMostTaps] = {};
     load_taps(unit, weight, s, false, taps);
+    load_taps(unit, weight, s, true, turned);
     Sums sums;
     for (int64_t n = 0; n < p.batch; ++n) {
-      A* value = z + n * size;
-      depthwise<A, Planar>(p, y + n * size, value, taps, false);
-      const Plane<const T, Planar> grad(unit, a.grad, n, p.kept_primary() + unit.channel * p.multiplier + s, p.multiplier,
-                                        p.out_channels);
-      through_activation(value, grad_z + n * size, norm, sums, [&](int64_t, int64_t i) { return grad.load(i); });
+      recompute(n, taps, norm, s);
+      const A *value = slot(z, n), *g = slot(grad_z, n);
+      Vec<A> plain{}, centred{};
+      unit.each([&](int64_t at, int64_t, Mask m) {
+        const Vec<A> v = load(g + at);
+        plain += v;
+        centred += keep_lanes(v * (load(value + at) - norm.mean), m);
+      });
+      sums.plain.add(plain);
+      sums.centred.add(centred);
     }
     sums.finish(*this, norm, a.cheap_batch, a.grad_cheap_affine, p.cheap(), p.multiplier, s);
-    load_taps(unit, weight, s, true, taps);
     for (int64_t n = 0; n < p.batch; ++n) {
-      A* g = grad_z + n * size;
-      const A* value = z + n * size;
-      unit.each([&](int64_t at, int64_t, Mask m) { store(g + at, through_norm(load(g + at), load(value + at), norm, sums, m)); });
-      depthwise_weight_gradient<A, Planar>(p, g, y + n * size, weight_sums);
-      depthwise<A, Planar>(p, g, grad_y + n * size, taps, s > 0);
+      if (!keep) recompute(n, taps, norm, s);
+      const A* value = slot(z, n);
+      A* g = slot(grad_z, n);
+      unit.each([&](int64_t at, int64_t, Mask m) {
+        store(g + at, through_norm(load(g + at), load(value + at), norm, sums, m));
+      });
+      depthwise_weight_gradient<A, Planar>(p, g, slot(y, n), weight_sums);
+      depthwise<A, Planar>(p, g, grad_y, turned, false);
+      leave(n, s, grad_raw, primary_sums);
     }
     const int64_t count = int64_t(p.kernel) * p.kernel;
     for (int64_t t = 0; t < count; ++t)
       unit.put(static_cast<A*>(a.grad_cheap_weight), unit.total(weight_sums[t]), p.multiplier * count, s * count + t);
   }
 
-  void primary(const Norm<A>& norm, const Output& grad_raw) {
-    Sums sums;
-    for (int64_t n = 0; n < p.batch; ++n) {
-      const auto raw = raw_plane(n);
-      A* value = z + n * size;  // the cheap maps are done with: raw in the compute type takes their place
-      A* g = grad_y + n * size;
-      const Plane<const T, Planar> grad(unit, a.grad, n, unit.channel, 1, p.kept_primary());
-      unit.each([&](int64_t at, int64_t i, Mask) { store(value + at, raw.load(i)); });
-      through_activation(value, g, norm, sums, [&](int64_t at, int64_t i) { return load(g + at) + grad.load(i); });
-    }
-    sums.finish(*this, norm, a.primary_batch, a.grad_primary_affine, p.primary, 1, 0);
-    for (int64_t n = 0; n < p.batch; ++n) {
-      const Plane<A, Planar> out(unit, grad_raw, n, unit.channel, 1, p.primary);
-      unit.each([&](int64_t at, int64_t i, Mask m) {
-        out.store(i, through_norm(load(grad_y + n * size + at), load(z + n * size + at), norm, sums, m));
+  // One image's primary maps, cheap maps number s before normalisation, and their gradient before activation.
+  void recompute(int64_t n, const Vec<A>* taps, const Norm<A>& norm, int64_t s) const {
+    A *primary = slot(y, n), *value = slot(z, n), *g = slot(grad_z, n);
+    const auto raw = raw_plane(n);
+    if (!keep || s == 0)
+      unit.each([&](int64_t at, int64_t i, Mask) {
+        store(primary + at, activate<A>(raw.load(i) * primary_norm.scale + primary_norm.shift, p.activation, clamp));
       });
-    }
+    depthwise<A, Planar>(p, primary, value, taps, false);
+    const Plane<const T, Planar> grad(unit, a.grad, n, p.kept_primary() + unit.channel * p.multiplier + s, p.multiplier,
+                                      p.out_channels);
+    unit.each([&](int64_t at, int64_t i, Mask m) {
+      store(g + at, through_activation(grad.load(i), load(value + at), norm, m));
+    });
   }
 
-  template <class Incoming>
-  void through_activation(const A* value, A* grad, const Norm<A>& norm, Sums& sums, Incoming incoming) {
+  // Adds grad_y to what earlier cheap maps left in grad_raw; after the last one, goes on through the primary activation.
+  void leave(int64_t n, int64_t s, const Output& grad_raw, Sums& sums) const {
+    const bool last = s == p.multiplier - 1;
+    const auto raw = raw_plane(n);
+    const Plane<A, Planar> out(unit, grad_raw, n, unit.channel, 1, p.primary);
+    const Plane<const T, Planar> grad(unit, a.grad, n, unit.channel, 1, p.kept_primary());
     Vec<A> plain{}, centred{};
     unit.each([&](int64_t at, int64_t i, Mask m) {
-      const Vec<A> v = load(value + at);
-      const Vec<A> g = keep_lanes(activation_gradient<A>(incoming(at, i), v * norm.scale + norm.shift, p.activation), m);
-      plain += g;
-      centred += keep_lanes(g * (v - norm.mean), m);
-      store(grad + at, g);
+      Vec<A> g = load(grad_y + at);
+      if (s > 0) g += out.load(i);
+      if (last) {
+        const Vec<A> value = raw.load(i);
+        g = through_activation(g + grad.load(i), value, primary_norm, m);
+        plain += g;
+        centred += keep_lanes(g * (value - primary_norm.mean), m);
+      }
+      out.store(i, g);
     });
+    if (!last) return;
     sums.plain.add(plain);
     sums.centred.add(centred);
-  }
-
-  FIF_INLINE Vec<A> through_norm(Vec<A> g, Vec<A> value, const Norm<A>& norm, const Sums& sums, Mask m) const {
-    return keep_lanes(norm.scale * (g - sums.alpha - sums.beta * (value - norm.mean)), m);
   }
 };
 
@@ -202,51 +232,47 @@ void input_channels_last(const Problem& p, const BackwardArgs& a, const Output& 
 
 // ---- the primary weight's gradient: the raw maps' gradient times the input transposed
 
-// Lanes along pixels on both sides: a tile of R x C sums of vectors, its lanes added up once a chunk.
+// Pixels whose input channels fill an eighth of a mebibyte, so that they are read from cache for every block of maps.
+template <class A>
+int64_t weight_pixels(const Problem& p) {
+  constexpr int64_t kBytes = 128 * 1024, kLeast = 64;
+  return min_of(p.pixels(), max_of<int64_t>(kLeast, kBytes / (p.in_channels * int64_t(sizeof(A)))));
+}
+
+// The product wants the input's channels in lanes: some pixels at a time are transposed into a buffer.
 template <class T>
-void weight_planar(const Problem& p, const BackwardArgs& a, const Output& grad_raw, Compute<T>* out, int64_t m0, int64_t m1) {
+void weight_planar(const Problem& p, const BackwardArgs& a, const Output& grad_raw, Compute<T>* buffer, Compute<T>* out,
+                   int64_t m0, int64_t m1) {
   using A = Compute<T>;
-  constexpr int L = kLanes<A>, R = kRegisters == 32 ? 4 : 3, C = kRegisters == 32 ? 5 : 3;
-  const int64_t vectors = ceil_div(p.pixels(), L), chunk = max_of<int64_t>(1, 1024 / p.pixels());
-  const Mask tail = first_lanes(p.pixels() - (vectors - 1) * L);
-  const A* grad = static_cast<const A*>(grad_raw.data);
-  const T* x = static_cast<const T*>(a.x.data);
+  const int64_t chunk = weight_pixels<A>(p);
   for (int64_t i = m0 * p.in_channels; i < m1 * p.in_channels; ++i) out[i] = 0;
-  for (int64_t n0 = 0; n0 < p.batch; n0 += chunk)
-    for (int64_t m = m0; m < m1; m += R)
-      for (int64_t c = 0; c < p.in_channels; c += C) {
-        Vec<A> sums[R][C] = {};
-        for (int64_t n = n0; n < min_of(p.batch, n0 + chunk); ++n) {
-          const A* g[R];
-          const T* in[C];
-          // Past the edge the last row stands in, and its sums are not stored.
-          FIF_UNROLL for (int r = 0; r < R; ++r) g[r] = grad + n * grad_raw.batch + min_of(m + r, m1 - 1) * grad_raw.step;
-          FIF_UNROLL for (int k = 0; k < C; ++k) in[k] = x + n * a.x.batch + min_of(c + k, p.in_channels - 1) * a.x.step;
-          for (int64_t i = 0; i < vectors; ++i) {
-            const Mask lanes = i == vectors - 1 ? tail : kAll;
-            const bool whole = !kFreeMasks && is_full<A>(lanes);
-            Vec<A> gv[R];
-            FIF_UNROLL for (int r = 0; r < R; ++r) gv[r] = whole ? load(g[r] + i * L) : load(g[r] + i * L, lanes);
-            FIF_UNROLL for (int k = 0; k < C; ++k) {
-              const Vec<A> v = whole ? load(in[k] + i * L) : load(in[k] + i * L, lanes);
-              FIF_UNROLL for (int r = 0; r < R; ++r) sums[r][k] += gv[r] * v;
-            }
-          }
-        }
-        FIF_UNROLL for (int r = 0; r < R; ++r)
-          FIF_UNROLL for (int k = 0; k < C; ++k)
-            if (m + r < m1 && c + k < p.in_channels) out[(m + r) * p.in_channels + c + k] += sum_lanes<A>(sums[r][k]);
-      }
+  for (int64_t n = 0; n < p.batch; ++n)
+    for (int64_t pixel = 0; pixel < p.pixels(); pixel += chunk) {
+      const int64_t count = min_of(chunk, p.pixels() - pixel);
+      transpose(static_cast<const T*>(a.x.data) + n * a.x.batch + pixel, a.x.step, p.in_channels, count, buffer,
+                p.in_channels);
+      gemm(Gemm<A, A, A>{.a = static_cast<const A*>(grad_raw.data) + n * grad_raw.batch + m0 * grad_raw.step + pixel,
+                         .a_row = grad_raw.step,
+                         .a_k = 1,
+                         .b = buffer,
+                         .b_k = p.in_channels,
+                         .c = out + m0 * p.in_channels,
+                         .c_row = p.in_channels,
+                         .rows = m1 - m0,
+                         .cols = p.in_channels,
+                         .depth = count,
+                         .finish = Finish::accumulate});
+    }
 }
 
 template <class T>
 void weight_channels_last(const Problem& p, const BackwardArgs& a, const Output& grad_raw, Compute<T>* out, int64_t m0,
                           int64_t m1) {
   using A = Compute<T>;
-  constexpr int64_t kPixels = 512;
+  const int64_t chunk = weight_pixels<A>(p);
   for (int64_t i = m0 * p.in_channels; i < m1 * p.in_channels; ++i) out[i] = 0;
   for (int64_t n = 0; n < p.batch; ++n)
-    for (int64_t pixel = 0; pixel < p.pixels(); pixel += kPixels)
+    for (int64_t pixel = 0; pixel < p.pixels(); pixel += chunk)
       gemm(Gemm<A, T, A>{.a = static_cast<const A*>(grad_raw.data) + n * grad_raw.batch + pixel * grad_raw.step + m0,
                          .a_row = 1,
                          .a_k = grad_raw.step,
@@ -256,7 +282,7 @@ void weight_channels_last(const Problem& p, const BackwardArgs& a, const Output&
                          .c_row = p.in_channels,
                          .rows = m1 - m0,
                          .cols = p.in_channels,
-                         .depth = min_of(kPixels, p.pixels() - pixel),
+                         .depth = min_of(chunk, p.pixels() - pixel),
                          .finish = Finish::accumulate});
 }
 
@@ -273,7 +299,7 @@ void backward_in(const Problem& p, const BackwardArgs& a, const Threads& threads
     const Scratch<A> grad_cheap(taps);
     BackwardArgs wide = a;
     wide.grad_cheap_weight = grad_cheap.get();
-    const int64_t each = UnitBackward<T, Planar>::kPlanes * p.batch * U::plane_size(p);
+    const int64_t each = UnitBackward<T, Planar>::scratch(p);
     const Scratch<A> scratch(min_of<int64_t>(threads.count, U::count(p)) * each);
     parallel(threads, U::count(p), [&](int64_t begin, int64_t end, int thread) {
       for (int64_t u = begin; u < end; ++u)
@@ -289,11 +315,13 @@ void backward_in(const Problem& p, const BackwardArgs& a, const Threads& threads
   }
   if (a.grad_primary_weight) {
     const Scratch<A> grad_primary(weights);
-    const int64_t blocks = ceil_div(p.primary, kTileRows);
-    parallel(threads, blocks, [&](int64_t begin, int64_t end, int) {
-      const int64_t m0 = begin * kTileRows, m1 = min_of(p.primary, end * kTileRows);
+    // Even parts, one a thread: a sum over the whole batch stays with one thread.
+    const int64_t parts = min_of<int64_t>(threads.count, p.primary), chunk = weight_pixels<A>(p) * p.in_channels;
+    const Scratch<A> buffers(Planar ? parts * chunk : 0);
+    parallel(threads, parts, [&](int64_t begin, int64_t end, int thread) {
+      const int64_t m0 = begin * p.primary / parts, m1 = end * p.primary / parts;
       if constexpr (Planar)
-        weight_planar<T>(p, a, grad_raw, grad_primary.get(), m0, m1);
+        weight_planar<T>(p, a, grad_raw, buffers.get() + thread * chunk, grad_primary.get(), m0, m1);
       else
         weight_channels_last<T>(p, a, grad_raw, grad_primary.get(), m0, m1);
     });

@@ -59,18 +59,30 @@ class Computed {
   const A* values_;
 };
 
-// [columns, rows] in the compute type from [rows, columns]; blocked, so that both sides use whole cache lines.
+// out[j * rows + i] = in[i * step + j] for `rows` x `columns` numbers: whole squares of lanes in registers, the rest singly.
+template <class T>
+void transpose(const T* in, int64_t step, int64_t rows, int64_t columns, Compute<T>* out, int64_t out_step) {
+  using A = Compute<T>;
+  constexpr int L = kLanes<A>;
+  for (int64_t i = 0; i < rows; i += L)
+    for (int64_t j = 0; j < columns; j += L) {
+      const int64_t height = min_of<int64_t>(L, rows - i), width = min_of<int64_t>(L, columns - j);
+      const Mask across = first_lanes(width), down = first_lanes(height);
+      Vec<A> square[L];
+      FIF_UNROLL for (int k = 0; k < L; ++k) square[k] = k < height ? load(in + (i + k) * step + j, across) : Vec<A>{};
+      transpose_square<A>(square);
+      FIF_UNROLL for (int k = 0; k < L; ++k)
+        if (k < width) store(out + (j + k) * out_step + i, square[k], down);
+    }
+}
+
+// [columns, rows] in the compute type from [rows, columns].
 template <class T>
 class Transposed {
  public:
   using A = Compute<T>;
   Transposed(const void* values, int64_t rows, int64_t columns) : copy_(rows * columns) {
-    const T* from = static_cast<const T*>(values);
-    constexpr int64_t kBlock = 16;
-    for (int64_t r0 = 0; r0 < rows; r0 += kBlock)
-      for (int64_t c0 = 0; c0 < columns; c0 += kBlock)
-        for (int64_t c = c0; c < min_of(columns, c0 + kBlock); ++c)
-          for (int64_t r = r0; r < min_of(rows, r0 + kBlock); ++r) copy_.get()[c * rows + r] = to_compute(from[r * columns + c]);
+    transpose(static_cast<const T*>(values), columns, rows, columns, copy_.get(), rows);
   }
   const A* get() const { return copy_.get(); }
 
@@ -220,18 +232,31 @@ class Total {
   void add(Vec<A> v) {
     for (int l = 0; l < kLanes<A>; ++l) lane_[l] += v[l];
   }
-  // The sum over what belongs to one channel, divided by a number, in every lane.
+  // The sum over what belongs to lane l's channel.
+  double of(int l) const {
+    if (!Planar) return lane_[l];
+    double sum = 0;
+    for (int k = 0; k < kLanes<A>; ++k) sum += lane_[k];
+    return sum;
+  }
   Vec<A> over(double divisor) const {
     Vec<A> v{};
-    double sum = 0;
-    for (int l = 0; l < kLanes<A>; ++l) sum += lane_[l];
-    for (int l = 0; l < kLanes<A>; ++l) v[l] = static_cast<A>((Planar ? sum : lane_[l]) / divisor);
+    const double first = of(0);
+    for (int l = 0; l < kLanes<A>; ++l) v[l] = static_cast<A>((Planar ? first : lane_[l]) / divisor);
     return v;
   }
 
  private:
   double lane_[kLanes<A>] = {};
 };
+
+// Whether a unit's planes for the whole batch, `kinds` of them, may stay in cache between two rounds; else each image's are
+// computed anew in the second round, which costs less than the way to memory and back.
+template <class A, bool Planar>
+bool keeps_planes(const Problem& p, int kinds) {
+  constexpr int64_t kKeptBytes = 512 * 1024;
+  return p.batch == 1 || kinds * p.batch * Unit<A, Planar>::plane_size(p) * int64_t(sizeof(A)) <= kKeptBytes;
+}
 
 // ---- depthwise on scratch planes, compiled once for every format (depthwise.cpp)
 // taps and sums hold K * K vectors: splats for NCHW, one lane a channel for NHWC.

@@ -1,8 +1,9 @@
-// Training forward: batch statistics need two rounds over the primary maps and two over the cheap ones, but both stay
-// inside a channel. So: one product writes the raw primary maps, then every unit (a channel of the whole batch) is brought
-// to scratch once and normalised, activated, convolved, normalised and activated there, before it leaves for the output.
+// Training forward: batch statistics need a round over the primary maps and one over the cheap ones before either can be
+// normalised, but all of it stays inside a channel. So: one product writes the raw primary maps, then every unit (a channel
+// of the whole batch) goes through its rounds at once, in scratch that stays in cache.
 //
-// Memory traffic per pixel: C read, M written and read (raw), M + N written. Saved for backward: raw and the statistics.
+// Memory traffic per pixel: C read, M written and read twice (raw), M + N written; where a unit is too large for the cache,
+// raw is read once more, and the depthwise part computed twice. Saved for backward: raw and the statistics.
 // Results do not depend on the number of threads: a unit is one task, and a product's sums have a fixed order.
 #include "pass.h"
 
@@ -67,94 +68,149 @@ void raw_channels_last(const Problem& p, const TrainArgs& a, const Threads& thre
   });
 }
 
-// Mean and rstd of one channel (of each lane's channel), written to stats and, unbiased, to variance.
+// Mean and rstd of one channel (of each lane's channel).
 template <class A, bool Planar>
-struct Statistics {
-  Vec<A> mean, rstd;
+class Statistics {
+ public:
+  Vec<A> mean{}, rstd = splat<A>(1);
 
-  // Two rounds over the unit's planes in scratch: the mean, then the squares around it, which loses nothing to cancellation.
-  Statistics(const Unit<A, Planar>& unit, const A* planes, double eps, A* variance, int64_t stride, int64_t offset) {
-    const Problem& p = unit.p;
-    const int64_t size = unit.plane_size(p);
-    const double count = static_cast<double>(p.batch * p.pixels());
-    Total<A, Planar> total, squares;
-    for (int64_t n = 0; n < p.batch; ++n) {
-      Vec<A> sum{};
-      unit.each([&](int64_t at, int64_t, Mask m) { sum += keep_lanes(load(planes + n * size + at), m); });
-      total.add(sum);
-    }
-    mean = total.over(count);
-    for (int64_t n = 0; n < p.batch; ++n) {
-      Vec<A> sum{};
-      unit.each([&](int64_t at, int64_t, Mask m) {
-        const Vec<A> d = keep_lanes(load(planes + n * size + at) - mean, m);
-        sum += d * d;
-      });
-      squares.add(sum);
-    }
-    const Vec<A> biased = squares.over(count);
-    for (int l = 0; l < kLanes<A>; ++l) rstd[l] = A(1) / sqrt(biased[l] + A(eps));
-    unit.put(variance, squares.over(count - 1), stride, offset);
-  }
   // Frozen ones.
-  Statistics(const Unit<A, Planar>& unit, const Affine& affine, int64_t stride, int64_t offset)
-      : mean(affine.mean ? unit.parameter(static_cast<const A*>(affine.mean), stride, offset) : Vec<A>{}),
-        rstd(affine.rstd ? unit.parameter(static_cast<const A*>(affine.rstd), stride, offset) : splat<A>(1)) {}
+  Statistics(const Unit<A, Planar>& unit, const Affine& affine, int64_t stride, int64_t offset) : unit_(unit) {
+    if (affine.mean) mean = unit.parameter(static_cast<const A*>(affine.mean), stride, offset);
+    if (affine.rstd) rstd = unit.parameter(static_cast<const A*>(affine.rstd), stride, offset);
+  }
+
+  // Of the batch: call add for every image with value(i), the vector i of its plane, then finish. Sums are taken around
+  // the mean of the first image. That is part of the population, so its distance from the mean of all is at most
+  // sqrt(batch) standard deviations, and the squares lose next to nothing to cancellation, wherever the mean lies.
+  template <class Value>
+  void add(Value value) {
+    if (images_++ == 0) {
+      Vec<A> sum{};
+      unit_.each([&](int64_t, int64_t i, Mask m) { sum += keep_lanes(value(i), m); });
+      Total<A, Planar> first;
+      first.add(sum);
+      centre_ = first.over(static_cast<double>(unit_.p.pixels()));
+    }
+    Vec<A> sum{}, square{};
+    unit_.each([&](int64_t, int64_t i, Mask m) {
+      const Vec<A> d = keep_lanes(value(i) - centre_, m);
+      sum += d;
+      square += d * d;
+    });
+    sums_.add(sum);
+    squares_.add(square);
+  }
+
+  void finish(double eps, A* variance, int64_t stride, int64_t offset) {
+    const double count = static_cast<double>(unit_.p.batch * unit_.p.pixels());
+    Vec<A> unbiased{};
+    for (int l = 0; l < kLanes<A>; ++l) {
+      const double shift = sums_.of(l) / count, total = squares_.of(l) - count * shift * shift;
+      mean[l] = static_cast<A>(centre_[l] + shift);
+      rstd[l] = A(1) / sqrt(static_cast<A>(total / count) + static_cast<A>(eps));
+      unbiased[l] = static_cast<A>(total / (count - 1));
+    }
+    unit_.put(variance, unbiased, stride, offset);
+  }
+
+ private:
+  const Unit<A, Planar>& unit_;
+  int64_t images_ = 0;
+  Vec<A> centre_{};
+  Total<A, Planar> sums_, squares_;
 };
 
 template <class T, bool Planar>
 class UnitForward {
   using A = Compute<T>;
+  struct ScaleAndShift {
+    Vec<A> scale, shift;
+  };
   const Problem& p;
   const TrainArgs& a;
   const Unit<A, Planar> unit;
   const int64_t size;
-  A* const y;  // [B] planes: raw, then activated primary maps
-  A* const z;  // [B] planes: one cheap map each
+  const bool keep;  // planes of the whole batch, or of one image at a time
+  A* const y;       // activated primary maps
+  A* const z;       // cheap maps, one of each primary map's
   const Clamp<A> clamp;
 
  public:
-  UnitForward(const Problem& problem, const TrainArgs& args, int64_t index, A* scratch)
-      : p(problem), a(args), unit(problem, index), size(unit.plane_size(problem)), y(scratch), z(scratch + p.batch * size),
-        clamp(p.activation) {}
+  static int64_t scratch(const Problem& p) {
+    return 2 * (keeps_planes<A, Planar>(p, 2) ? p.batch : 1) * Unit<A, Planar>::plane_size(p);
+  }
+  UnitForward(const Problem& problem, const TrainArgs& args, int64_t index, A* memory)
+      : p(problem), a(args), unit(problem, index), size(unit.plane_size(problem)), keep(keeps_planes<A, Planar>(p, 2)),
+        y(memory), z(memory + scratch(p) / 2), clamp(p.activation) {}
 
   void run(const A* cheap_weight) {
-    for (int64_t n = 0; n < p.batch; ++n) {
-      const Plane<const T, Planar> raw(unit, a.raw, n, unit.channel, 1, p.primary);
-      unit.each([&](int64_t at, int64_t i, Mask) { store(y + n * size + at, raw.load(i)); });
+    Statistics<A, Planar> stats(unit, a.primary, 1, 0);
+    if (a.primary_batch) {
+      for (int64_t n = 0; n < p.batch; ++n) {
+        const auto raw = raw_plane(n);
+        stats.add([&](int64_t i) { return raw.load(i); });
+      }
+      stats.finish(a.primary_eps, static_cast<A*>(a.primary_variance), 1, 0);
     }
-    normalise(y, a.primary, a.primary_batch, a.primary_eps, a.primary_stats, a.primary_variance, p.primary, 1, 0, 0,
-              p.splice);
-    Vec<A> taps[kMostTaps];
-    for (int64_t s = 0; s < p.multiplier; ++s) {
-      load_taps(unit, cheap_weight, s, false, taps);
-      for (int64_t n = 0; n < p.batch; ++n) depthwise<A, Planar>(p, y + n * size, z + n * size, taps, false);
-      normalise(z, a.cheap, a.cheap_batch, a.cheap_eps, a.cheap_stats, a.cheap_variance, p.cheap(), p.multiplier, s,
-                p.kept_primary(), true);
-    }
+    const ScaleAndShift primary = normalisation(stats, a.primary, a.primary_stats, p.primary, 1, 0);
+    for (int64_t s = 0; s < p.multiplier; ++s) cheap(primary, cheap_weight, s);
   }
 
  private:
-  // Normalises and activates the planes in place and sends them to their channels of the output, if they have any. The
-  // unit's channels are `stride` apart in the parameters, from `offset`, and `first` further on in the output.
-  void normalise(A* planes, const Affine& affine, bool batch, double eps, void* stats, void* variance, int64_t channels,
-                 int64_t stride, int64_t offset, int64_t first, bool kept) {
-    const Statistics<A, Planar> s =
-        batch ? Statistics<A, Planar>(unit, planes, eps, static_cast<A*>(variance), stride, offset)
-              : Statistics<A, Planar>(unit, affine, stride, offset);
+  A* slot(A* planes, int64_t n) const { return planes + (keep ? n : 0) * size; }
+  Plane<const T, Planar> raw_plane(int64_t n) const { return {unit, a.raw, n, unit.channel, 1, p.primary}; }
+
+  ScaleAndShift normalisation(const Statistics<A, Planar>& s, const Affine& affine, void* stats, int64_t channels,
+                              int64_t stride, int64_t offset) const {
     unit.put(static_cast<A*>(stats), s.mean, stride, offset);
     unit.put(static_cast<A*>(stats) + channels, s.rstd, stride, offset);
-    const Vec<A> weight =
-        affine.weight ? unit.parameter(static_cast<const A*>(affine.weight), stride, offset) : splat<A>(1);
-    const Vec<A> bias = affine.bias ? unit.parameter(static_cast<const A*>(affine.bias), stride, offset) : Vec<A>{};
-    const Vec<A> scale = s.rstd * weight, shift = bias - s.mean * scale;
-    for (int64_t n = 0; n < p.batch; ++n) {
-      const Plane<T, Planar> out(unit, a.out, n, first + unit.channel * stride + offset, stride, p.out_channels);
-      A* plane = planes + n * size;
+    Vec<A> scale = s.rstd, shift{};
+    if (affine.weight) scale *= unit.parameter(static_cast<const A*>(affine.weight), stride, offset);
+    if (affine.bias) shift = unit.parameter(static_cast<const A*>(affine.bias), stride, offset);
+    return {scale, shift - s.mean * scale};
+  }
+
+  // Primary maps of one image, and its cheap maps number s before normalisation.
+  void compute(int64_t n, const ScaleAndShift& primary, const Vec<A>* taps, bool fresh, bool emit) const {
+    A* plane = slot(y, n);
+    if (fresh) {
+      const auto raw = raw_plane(n);
+      const Plane<T, Planar> out(unit, a.out, n, unit.channel, 1, emit ? p.primary : 0);
       unit.each([&](int64_t at, int64_t i, Mask) {
-        const Vec<A> v = activate<A>(load(plane + at) * scale + shift, p.activation, clamp);
+        const Vec<A> v = activate<A>(raw.load(i) * primary.scale + primary.shift, p.activation, clamp);
         store(plane + at, v);
-        if (kept && out) out.store(i, v);
+        if (out) out.store(i, v);
+      });
+    }
+    depthwise<A, Planar>(p, plane, slot(z, n), taps, false);
+  }
+
+  void cheap(const ScaleAndShift& primary, const A* weight, int64_t s) {
+    const bool emit = p.splice && s == 0;
+    Vec<A> taps[kMostTaps];
+    load_taps(unit, weight, s, false, taps);
+    Statistics<A, Planar> stats(unit, a.cheap, p.multiplier, s);
+    bool computed = false;
+    if (a.cheap_batch) {
+      for (int64_t n = 0; n < p.batch; ++n) {
+        compute(n, primary, taps, !keep || s == 0, emit);
+        const A* plane = slot(z, n);
+        stats.add([&](int64_t i) { return load(plane + i * unit.kLane); });
+      }
+      stats.finish(a.cheap_eps, static_cast<A*>(a.cheap_variance), p.multiplier, s);
+      computed = keep;
+    }
+    const ScaleAndShift norm = normalisation(stats, a.cheap, a.cheap_stats, p.cheap(), p.multiplier, s);
+    const int64_t first = p.kept_primary() + unit.channel * p.multiplier + s;
+    for (int64_t n = 0; n < p.batch; ++n) {
+      const Plane<T, Planar> out(unit, a.out, n, first, p.multiplier, p.out_channels);
+      if (!out && computed) continue;
+      if (!computed) compute(n, primary, taps, !keep || s == 0, emit && !a.cheap_batch);
+      if (!out) continue;
+      const A* plane = slot(z, n);
+      unit.each([&](int64_t at, int64_t i, Mask) {
+        out.store(i, activate<A>(load(plane + at) * norm.scale + norm.shift, p.activation, clamp));
       });
     }
   }
@@ -165,7 +221,7 @@ void normalise_units(const Problem& p, const TrainArgs& a, const Threads& thread
   using A = Compute<T>;
   using U = Unit<A, Planar>;
   const Computed<T> cheap_weight(a.cheap_weight, p.cheap() * p.kernel * p.kernel);
-  const int64_t each = 2 * p.batch * U::plane_size(p);
+  const int64_t each = UnitForward<T, Planar>::scratch(p);
   const Scratch<A> scratch(min_of<int64_t>(threads.count, U::count(p)) * each);
   parallel(threads, U::count(p), [&](int64_t begin, int64_t end, int thread) {
     for (int64_t u = begin; u < end; ++u)

@@ -75,6 +75,15 @@ FIF_INLINE bool is_full(Mask m) {
   return (m & all) == all;
 }
 
+template <int Bytes>
+struct IndexOf {
+  using type = int32_t;
+};
+template <>
+struct IndexOf<8> {
+  using type = int64_t;
+};
+
 template <class N>
 FIF_INLINE N min_of(N a, N b) {
   return b < a ? b : a;
@@ -272,11 +281,46 @@ FIF_INLINE V keep_lanes(V v, Mask m) {
 // Lanes summed in a fixed tree, so that the result does not depend on the compiler's choice.
 template <class A>
 FIF_INLINE A sum_lanes(Vec<A> v) {
+#if defined(FIF_AVX512)
+  if constexpr (kLanes<A> == 16) return _mm512_reduce_add_ps((__m512)v);
+#endif
   A lane[kLanes<A>];
   memcpy(lane, &v, sizeof v);
   FIF_UNROLL for (int half = kLanes<A> / 2; half > 0; half /= 2)
     for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
   return lane[0];
+}
+
+// One stage of a transposition by recursive halving: a and b exchange every other block of `Half` lanes.
+template <int Half, class V>
+FIF_INLINE void exchange(V& a, V& b) {
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  using Index = typename VectorOf<typename IndexOf<sizeof(a[0])>::type, sizeof(V)>::type;
+  Index low{}, high{};
+  for (int l = 0; l < lanes; ++l) {
+    const bool second = l / Half % 2;
+    low[l] = second ? lanes + l - Half : l;
+    high[l] = second ? lanes + l : l + Half;
+  }
+  const V first = a;
+#if defined(__clang__)
+  const V other = b;
+  for (int l = 0; l < lanes; ++l) {
+    a[l] = low[l] < lanes ? first[low[l]] : other[low[l] - lanes];
+    b[l] = high[l] < lanes ? first[high[l]] : other[high[l] - lanes];
+  }
+#else
+  a = __builtin_shuffle(first, b, low);
+  b = __builtin_shuffle(first, b, high);
+#endif
+}
+
+// rows[i][j] becomes rows[j][i], for as many rows as lanes.
+template <class A, int Half = kLanes<A> / 2>
+FIF_INLINE void transpose_square(Vec<A>* rows) {
+  FIF_UNROLL for (int i = 0; i < kLanes<A>; ++i)
+    if (i / Half % 2 == 0) exchange<Half>(rows[i], rows[i + Half]);
+  if constexpr (Half > 1) transpose_square<A, Half / 2>(rows);
 }
 
 template <class T>
