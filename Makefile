@@ -55,7 +55,7 @@ compiler:
 
 $(READY): constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
-	{ echo "Python 3.10 or newer is needed, '$(PYTHON)' is none: name one with make PYTHON=python3.12 ..." >&2; exit 1; }
+	{ echo "Python 3.10 or newer is needed, and '$(PYTHON)' is not that: name one with make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	{ echo "'$(PYTHON)' has no venv module: install it (Debian: apt install python3-venv)." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -250,7 +250,8 @@ def check(unit: FeatureAugment, x: Tensor, grad: Tensor | None = None) -> None:
         if error <= tolerance * wanted.double().norm().item():
             continue
         if not ill:
-            ill = [results(copy.deepcopy(unit), LAYOUTS[layout](x), grad) for layout in ("contiguous", "channels_last")]
+            dense = None if grad is None else grad.contiguous()
+            ill = [results(copy.deepcopy(unit), LAYOUTS[layout](x), dense) for layout in ("contiguous", "channels_last")]
         allowed = 2 * max(distance(other[name], wanted) for other in ill)
         assert error <= allowed, f"{name} is off by {error}, of {wanted.norm()}; the composition by {allowed / 2}"
 
