@@ -11,12 +11,12 @@
 
 namespace fif {
 
-#define FIF_DECLARE(isa)                                          \
-  namespace isa {                                                 \
-  void infer(const Problem&, const InferArgs&, const Threads&);   \
-  void train(const Problem&, const TrainArgs&, const Threads&);   \
+#define FIF_DECLARE(isa)                                              \
+  namespace isa {                                                     \
+  void infer(const Problem&, const InferArgs&, const Threads&);       \
+  void train(const Problem&, const TrainArgs&, const Threads&);       \
   void backward(const Problem&, const BackwardArgs&, const Threads&); \
-  }                                                               \
+  }                                                                   \
   static const Kernels isa##_kernels{#isa, isa::infer, isa::train, isa::backward};
 
 FIF_DECLARE(baseline)
@@ -31,11 +31,12 @@ namespace {
 
 #if defined(__x86_64__)
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+      __builtin_cpu_supports("bmi2");
 }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
 }
 // The tiles' registers are large, and Linux hands them out only on request.
 bool has_amx() {
@@ -75,7 +76,8 @@ struct Choice {
       names += (names.empty() ? "" : ", ") + std::string((*k)->name);
     }
     if (!kernels)
-      error = "FIF_OPS_CPU_ISA is '" + std::string(wanted) + "': must be one of " + names + " on this processor, or unset";
+      error =
+          "FIF_OPS_CPU_ISA is '" + std::string(wanted) + "': must be one of " + names + " on this processor, or unset";
   }
 };
 

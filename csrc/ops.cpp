@@ -170,7 +170,8 @@ Affine affine(Parameters& parameters, const NormArgs& n, int64_t channels, bool 
   const void* weight = parameters.get(n.weight, channels, (name + "_norm weight").c_str());
   const void* bias = parameters.get(n.bias, channels, (name + "_norm bias").c_str());
   if (batch) return {nullptr, nullptr, weight, bias};  // a bias before batch statistics changes nothing
-  STD_TORCH_CHECK(n.mean.has_value() == n.var.has_value(), name, "_norm needs both running_mean and running_var, or neither");
+  STD_TORCH_CHECK(n.mean.has_value() == n.var.has_value(), name,
+                  "_norm needs both running_mean and running_var, or neither");
   if (!n.mean) {
     STD_TORCH_CHECK(!n.weight && !n.bias, name, "_norm without statistics must have no weight and no bias");
     return {nullptr, nullptr, nullptr, conv_bias};
@@ -196,11 +197,14 @@ Problem problem_of(const Tensor& x, const Tensor& primary_weight, const Tensor& 
   STD_TORCH_CHECK(w1.dim() == 4 && w1.size(0) > 0 && w1.size(1) == x.size(1) && w1.size(2) == 1 && w1.size(3) == 1,
                   "primary_weight must be (M, ", x.size(1), ", 1, 1)");
   const int64_t maps = w1.size(0);
-  STD_TORCH_CHECK(w2.dim() == 4 && w2.size(0) > 0 && w2.size(0) % maps == 0 && w2.size(1) == 1 && w2.size(2) == w2.size(3),
-                  "cheap_weight must be (S * ", maps, ", 1, d, d)");
+  STD_TORCH_CHECK(
+      w2.dim() == 4 && w2.size(0) > 0 && w2.size(0) % maps == 0 && w2.size(1) == 1 && w2.size(2) == w2.size(3),
+      "cheap_weight must be (S * ", maps, ", 1, d, d)");
   const int64_t kernel = w2.size(2);
-  STD_TORCH_CHECK(kernel == 1 || kernel == 3 || kernel == 5 || kernel == 7, "cheap_weight's d must be 1, 3, 5 or 7, got ", kernel);
-  STD_TORCH_CHECK(0 <= activation && activation <= static_cast<int>(Activation::gelu), "activation must be a code from 0 to 5");
+  STD_TORCH_CHECK(kernel == 1 || kernel == 3 || kernel == 5 || kernel == 7,
+                  "cheap_weight's d must be 1, 3, 5 or 7, got ", kernel);
+  STD_TORCH_CHECK(0 <= activation && activation <= static_cast<int>(Activation::gelu),
+                  "activation must be a code from 0 to 5");
   STD_TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, "x must have channels and pixels");
   STD_TORCH_CHECK(x.size(2) < (1 << 30) && x.size(3) < (1 << 30), "x's height and width must be below 2^30");
   Problem p{.batch = x.size(0),
@@ -216,26 +220,29 @@ Problem problem_of(const Tensor& x, const Tensor& primary_weight, const Tensor& 
             .channels_last = is_channels_last(x),
             .dtype = dtype_of(x)};
   STD_TORCH_CHECK(p.kept_primary() <= out_channels && 0 < out_channels && out_channels <= p.kept_primary() + p.cheap(),
-                  "out_channels is ", out_channels, ": must be from ", splice ? p.primary : 1, " to ", p.kept_primary() + p.cheap());
+                  "out_channels is ", out_channels, ": must be from ", splice ? p.primary : 1, " to ",
+                  p.kept_primary() + p.cheap());
   return p;
 }
 
-Tensor infer(const Tensor& x, const Tensor& primary_weight, const Tensor& cheap_weight, const OptionalTensor& primary_bias,
-             const OptionalTensor& cheap_bias, const OptionalTensor& weight1, const OptionalTensor& bias1,
-             const OptionalTensor& mean1, const OptionalTensor& var1, const OptionalTensor& weight2,
-             const OptionalTensor& bias2, const OptionalTensor& mean2, const OptionalTensor& var2, double eps1, double eps2,
-             int64_t out_channels, int64_t activation, bool splice) {
+Tensor infer(const Tensor& x, const Tensor& primary_weight, const Tensor& cheap_weight,
+             const OptionalTensor& primary_bias, const OptionalTensor& cheap_bias, const OptionalTensor& weight1,
+             const OptionalTensor& bias1, const OptionalTensor& mean1, const OptionalTensor& var1,
+             const OptionalTensor& weight2, const OptionalTensor& bias2, const OptionalTensor& mean2,
+             const OptionalTensor& var2, double eps1, double eps2, int64_t out_channels, int64_t activation,
+             bool splice) {
   const Problem p = problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice);
   Parameters parameters(compute_type(x));
   const Tensor dense = regular(x, p.channels_last);
   const Tensor w1 = torch::stable::contiguous(primary_weight), w2 = torch::stable::contiguous(cheap_weight);
   const Tensor out = new_map(x, out_channels, p.channels_last);
-  const InferArgs args{input(dense, p.channels_last),
-                       w1.const_data_ptr(),
-                       w2.const_data_ptr(),
-                       affine(parameters, {primary_bias, weight1, bias1, mean1, var1, eps1}, p.primary, false, "primary"),
-                       affine(parameters, {cheap_bias, weight2, bias2, mean2, var2, eps2}, p.cheap(), false, "cheap"),
-                       output(out, p.channels_last)};
+  const InferArgs args{
+      input(dense, p.channels_last),
+      w1.const_data_ptr(),
+      w2.const_data_ptr(),
+      affine(parameters, {primary_bias, weight1, bias1, mean1, var1, eps1}, p.primary, false, "primary"),
+      affine(parameters, {cheap_bias, weight2, bias2, mean2, var2, eps2}, p.cheap(), false, "cheap"),
+      output(out, p.channels_last)};
   if (p.batch > 0) kernels().infer(p, args, threads());
   return out;
 }
@@ -264,10 +271,10 @@ void update_running(const OptionalTensor& running, const Tensor& batch, const Op
 // Returns the output, the primary maps before normalisation, and [mean, rstd] of both normalisations.
 std::tuple<Tensor, Tensor, Tensor, Tensor> train(
     const Tensor& x, const Tensor& primary_weight, const Tensor& cheap_weight, const OptionalTensor& primary_bias,
-    const OptionalTensor& cheap_bias, const OptionalTensor& weight1, const OptionalTensor& bias1, const OptionalTensor& mean1,
-    const OptionalTensor& var1, const OptionalTensor& weight2, const OptionalTensor& bias2, const OptionalTensor& mean2,
-    const OptionalTensor& var2, double eps1, double eps2, int64_t out_channels, int64_t activation, bool splice, bool batch1,
-    bool batch2, double momentum1, double momentum2) {
+    const OptionalTensor& cheap_bias, const OptionalTensor& weight1, const OptionalTensor& bias1,
+    const OptionalTensor& mean1, const OptionalTensor& var1, const OptionalTensor& weight2, const OptionalTensor& bias2,
+    const OptionalTensor& mean2, const OptionalTensor& var2, double eps1, double eps2, int64_t out_channels,
+    int64_t activation, bool splice, bool batch1, bool batch2, double momentum1, double momentum2) {
   const Problem p = problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice);
   const ScalarType type = compute_type(x);
   Parameters parameters(type);
@@ -314,20 +321,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad, const Tensor& x, const Tensor& primary_weight, const Tensor& cheap_weight, const Tensor& raw,
     const Tensor& stats1, const Tensor& stats2, const OptionalTensor& weight1, const OptionalTensor& bias1,
-    const OptionalTensor& weight2, const OptionalTensor& bias2, int64_t activation, bool splice, bool batch1, bool batch2,
-    bool need_x, bool need_primary_weight) {
+    const OptionalTensor& weight2, const OptionalTensor& bias2, int64_t activation, bool splice, bool batch1,
+    bool batch2, bool need_x, bool need_primary_weight) {
   const Problem p = problem_of(x, primary_weight, cheap_weight, grad.dim() == 4 ? grad.size(1) : 0, activation, splice);
   const ScalarType type = compute_type(x);
   check_like(grad, x, "grad");
   check_like(raw, x, "raw");
   auto same_map = [&](const Tensor& t, int64_t channels, const char* name) {
-    STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == p.batch && t.size(1) == channels && t.size(2) == p.height && t.size(3) == p.width,
-                    name, " must be (", p.batch, ", ", channels, ", ", p.height, ", ", p.width, ")");
+    STD_TORCH_CHECK(
+        t.dim() == 4 && t.size(0) == p.batch && t.size(1) == channels && t.size(2) == p.height && t.size(3) == p.width,
+        name, " must be (", p.batch, ", ", channels, ", ", p.height, ", ", p.width, ")");
   };
   same_map(grad, p.out_channels, "grad");
   same_map(raw, p.primary, "raw");
   auto statistics = [&](const Tensor& t, int64_t channels, const char* name) {
-    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == 2 && t.size(1) == channels && t.is_contiguous() && t.is_cpu() && t.scalar_type() == type,
+    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == 2 && t.size(1) == channels && t.is_contiguous() && t.is_cpu() &&
+                        t.scalar_type() == type,
                     name, " must be what fif_ops::train returned");
     const char* data = static_cast<const char*>(t.const_data_ptr());
     return std::pair<const void*, const void*>(data, data + channels * (type == ScalarType::Double ? 8 : 4));
@@ -340,7 +349,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor w1 = torch::stable::contiguous(primary_weight), w2 = torch::stable::contiguous(cheap_weight);
   const ScalarType dtype = x.scalar_type();
   Tensor grad_x = need_x ? new_map(x, p.in_channels, last) : new_tensor(x, {0}, dtype);
-  Tensor grad_w1 = new_tensor(x, need_primary_weight ? std::vector<int64_t>{p.primary, p.in_channels, 1, 1} : std::vector<int64_t>{0}, dtype);
+  Tensor grad_w1 = new_tensor(
+      x, need_primary_weight ? std::vector<int64_t>{p.primary, p.in_channels, 1, 1} : std::vector<int64_t>{0}, dtype);
   Tensor grad_w2 = new_tensor(x, {p.cheap(), 1, p.kernel, p.kernel}, dtype);
   Tensor grad_norm1 = new_tensor(x, {2, p.primary}, type), grad_norm2 = new_tensor(x, {2, p.cheap()}, type);
   if (p.batch == 0) {
@@ -353,7 +363,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       .raw = input(dense_raw, last),
       .primary_weight = w1.const_data_ptr(),
       .cheap_weight = w2.const_data_ptr(),
-      .primary = {mean1, rstd1, parameters.get(weight1, p.primary, "weight1"), parameters.get(bias1, p.primary, "bias1")},
+      .primary = {mean1, rstd1, parameters.get(weight1, p.primary, "weight1"),
+                  parameters.get(bias1, p.primary, "bias1")},
       .cheap = {mean2, rstd2, parameters.get(weight2, p.cheap(), "weight2"), parameters.get(bias2, p.cheap(), "bias2")},
       .primary_batch = batch1,
       .cheap_batch = batch2,
@@ -379,7 +390,8 @@ __attribute__((visibility("default"))) const char* fif_ops_cpu_isa() {
 __attribute__((visibility("default"))) const char* fif_ops_cpu_isas() {
   static const std::string names = [] {
     std::string joined;
-    for (const fif::Kernels* const* k = fif::available_kernels(); *k; ++k) joined += (joined.empty() ? "" : " ") + std::string((*k)->name);
+    for (const fif::Kernels* const* k = fif::available_kernels(); *k; ++k)
+      joined += (joined.empty() ? "" : " ") + std::string((*k)->name);
     return joined;
   }();
   return names.c_str();
@@ -397,8 +409,10 @@ STABLE_TORCH_LIBRARY(fif_ops, m) {
       "Tensor(c!)? mean2, Tensor(d!)? var2, float eps1, float eps2, int out_channels, int activation, bool splice, "
       "bool batch1, bool batch2, float momentum1, float momentum2) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "backward(Tensor grad, Tensor x, Tensor primary_weight, Tensor cheap_weight, Tensor raw, Tensor stats1, Tensor stats2, "
-      "Tensor? weight1, Tensor? bias1, Tensor? weight2, Tensor? bias2, int activation, bool splice, bool batch1, bool batch2, "
+      "backward(Tensor grad, Tensor x, Tensor primary_weight, Tensor cheap_weight, Tensor raw, Tensor stats1, Tensor "
+      "stats2, "
+      "Tensor? weight1, Tensor? bias1, Tensor? weight2, Tensor? bias2, int activation, bool splice, bool batch1, bool "
+      "batch2, "
       "bool need_x, bool need_primary_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -64,15 +64,15 @@ struct TrainArgs {
   Input x;
   const void* primary_weight;
   const void* cheap_weight;
-  Affine primary, cheap;               // mean and rstd are ignored where batch statistics are asked for
-  bool primary_batch, cheap_batch;     // normalise with batch statistics
+  Affine primary, cheap;            // mean and rstd are ignored where batch statistics are asked for
+  bool primary_batch, cheap_batch;  // normalise with batch statistics
   double primary_eps, cheap_eps;
   Output out;
-  Output raw;                          // [B, M, H, W]: the primary maps before normalisation, kept for backward
-  void* primary_stats;                 // [2, M] compute type: mean, rstd
-  void* cheap_stats;                   // [2, M*S]
-  void* primary_variance;              // [M] unbiased, or null; written where batch statistics are asked for
-  void* cheap_variance;                // [M*S]
+  Output raw;              // [B, M, H, W]: the primary maps before normalisation, kept for backward
+  void* primary_stats;     // [2, M] compute type: mean, rstd
+  void* cheap_stats;       // [2, M*S]
+  void* primary_variance;  // [M] unbiased, or null; written where batch statistics are asked for
+  void* cheap_variance;    // [M*S]
 };
 
 struct BackwardArgs {

@@ -27,7 +27,7 @@ class Options(NamedTuple):
 
 
 class FusedUnit(torch.autograd.Function):
-    """Apply to x, both convolutions' weights and biases, [weight, bias, running mean, running variance] of both norms."""
+    """Takes x, both convolutions' weights and biases, and weight, bias, running mean and variance of both norms."""
 
     @staticmethod
     def forward(
@@ -134,7 +134,7 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     saved = ctx.saved_tensors
     stats = (saved[10], saved[11])
     # Aliases, so that only the way through this unit counts where a tensor is used elsewhere too.
-    tensors = [None if t is None else t.view_as(t) for t in saved[:9]]
+    tensors: list[Any] = [None if t is None else t.view_as(t) for t in saved[:9]]
     x, w1, w2, primary_bias, cheap_bias, weight1, bias1, weight2, bias2 = tensors
 
     def norm(i: int, conv_bias: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Norm | None:

@@ -226,7 +226,7 @@ def stratified_split(images: Images, classes: Sequence[str]) -> tuple[Images, Im
 def _class_names(root: Path) -> tuple[str, ...]:
     names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__")))
     if not names:
-        raise DataError(f"data folder {str(root)!r} holds no class folders; expected {str(root)}/<class>/<image>")
+        raise DataError(f"data folder {str(root)!r} holds no class folders; expected {root!s}/<class>/<image>")
     if len(names) == 1:
         raise DataError(f"data folder {str(root)!r} holds one class folder, {names[0]!r}; two or more are needed")
     return tuple(names)

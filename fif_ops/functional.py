@@ -1,4 +1,4 @@
-"""The functional form of the unit: checks its arguments once, in words, and hands them to a kernel or to the reference."""
+"""The functional form of the unit: checks its arguments once, in words, and hands them to a kernel or the reference."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def feature_augment(
     Args:
         x: (B, C, H, W), any strides; float32, bfloat16, float16 or float64.
         primary_weight: (M, C/groups, k, k), x's dtype; ``primary_bias`` (M) or None.
-        cheap_weight: (N, c, d, d), d odd, x's dtype; (n, c, d, d) if ``shared``, N = n * M/c. ``cheap_bias`` (N) or (n).
+        cheap_weight: (N, c, d, d), d odd, x's dtype; (n, c, d, d), N = n * M/c, if ``shared``. ``cheap_bias``: one each.
         primary_norm, cheap_norm: batch normalisation after each convolution, or None; in training mode their running
             statistics are updated in place.
         out_channels: how many maps to keep; None keeps all.

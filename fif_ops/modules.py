@@ -105,7 +105,8 @@ def explain(module: FusedFiF, x: Tensor) -> Explanation:
         return Explanation("reference", (("any kernel", reason),))
     if module.shared and module.matrix_channels > 1:
         return Explanation("reference", (("any kernel", "cheap kernels over several maps are shared"),))
-    primary, cheap = module.primary_conv[0], module.cheap_operation[0]
+    primary: Any = module.primary_conv[0]
+    cheap: Any = module.cheap_operation[0]
     problem = backends.Problem(x, primary.weight, cheap.weight, module.stride, module.padding, module.groups)
     forced = backends.wanted(None)
     candidates = [backends.BACKENDS[forced]] if forced else list(backends.BACKENDS.values())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +38,24 @@ def _load() -> tuple[Path, str, ctypes.CDLL | None]:
     if not path.is_file():
         if named:
             return path, f"FIF_OPS_LIBRARY names {named}, which is no file", None
-        return path, _built_for().get("no_kernels", "") or "the package was installed without its compiled kernels", None
+        return (
+            path,
+            _built_for().get("no_kernels", "") or "the package was installed without its compiled kernels",
+            None,
+        )
     try:
         torch.ops.load_library(path)
         return path, "", ctypes.CDLL(str(path))
     except OSError as error:
-        return path, str(error), None
+        built_for = _built_for().get("torch", "(unknown)")
+        reason = (
+            f"{path.name} was built for torch {built_for} and does not load with torch {torch.__version__} ({error})"
+        )
+        return path, f"{reason}; reinstall fif_ops to build it for this torch", None
 
 
 _PATH, _ERROR, _LIBRARY = _load()
 LOADED = _LIBRARY is not None
-
-if not LOADED and _PATH.is_file():
-    warnings.warn(
-        f"fif_ops: {_PATH.name} was built for torch {_built_for().get('torch', '(unknown)')} and does not load with torch "
-        f"{torch.__version__} ({_ERROR}); the reference runs instead. Reinstall fif_ops to build it for this torch.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
 
 
 def _ask(name: str) -> str:

@@ -173,7 +173,7 @@ class FeatureAugment(nn.Module):
     Source: S0 [0142]-[0197], claims 1-7. Normalisation and activation are not in S0; they are Ghost's.
     """
 
-    def __init__(  # noqa: PLR0917 - a unit has as many arguments as it has options
+    def __init__(
         self,
         in_channels: int,
         out_channels: int,

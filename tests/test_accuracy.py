@@ -1,17 +1,10 @@
 """Results and gradients of the kernels against the definition in float64, over every kind of problem they accept."""
 
-import itertools
 
 import pytest
 import torch
 from hypothesis import given, settings
-from support import (
-    DTYPES, EXPANSIONS, PLACEMENTS, Problem, check, check_problem, name_of, place, problems, randomise, threads
-)  # fmt: skip
-from torch.nn import functional as F
-
-from fif_ops import FeatureAugment, FusedFiF
-from fif_ops.reference import ACTIVATIONS
+from support import DTYPES, Problem, check_problem, name_of, problems  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

@@ -1,5 +1,6 @@
-// Activations and their derivatives on vectors. Everything up to relu6 is a clamp and costs two instructions; the smooth
-// ones are applied to whole arrays, out of line, so that they take no registers from the kernels that do not use them.
+// Activations and their derivatives on vectors. Everything up to relu6 is a clamp and costs two instructions; the
+// smooth ones are applied to whole arrays, out of line, so that they take no registers from the kernels that do not use
+// them.
 #pragma once
 
 #include <cmath>

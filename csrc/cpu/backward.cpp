@@ -1,10 +1,10 @@
-// Backward. Unit by unit, as in the forward pass: recompute the primary and cheap maps from the raw primary ones, take the
-// gradient through activation, normalisation and depthwise part, and leave the gradient of the raw maps; then two products,
-// for the input and for the primary weight.
+// Backward. Unit by unit, as in the forward pass: recompute the primary and cheap maps from the raw primary ones, take
+// the gradient through activation, normalisation and depthwise part, and leave the gradient of the raw maps; then two
+// products, for the input and for the primary weight.
 //
-// Memory traffic per pixel: the output's gradient (M + N) and raw read, and read again where a unit is too large for the
-// cache; the raw maps' gradient (M, compute type) written twice and read three times; C read, C written. Sums have a fixed
-// order whatever the number of threads: a unit, and a row of the weight's gradient, belongs to one task.
+// Memory traffic per pixel: the output's gradient (M + N) and raw read, and read again where a unit is too large for
+// the cache; the raw maps' gradient (M, compute type) written twice and read three times; C read, C written. Sums have
+// a fixed order whatever the number of threads: a unit, and a row of the weight's gradient, belongs to one task.
 #include "pass.h"
 
 namespace fif::FIF_ISA {
@@ -43,16 +43,14 @@ class UnitBackward {
 
  public:
   static constexpr int kKept = 3;
-  static int64_t scratch(const Problem& p) {
-    return (kKept * slots(p) + 1) * Unit<A, Planar>::plane_size(p);
-  }
+  static int64_t scratch(const Problem& p) { return (kKept * slots(p) + 1) * Unit<A, Planar>::plane_size(p); }
   UnitBackward(const Problem& problem, const BackwardArgs& args, int64_t index, A* memory)
       : p(problem), a(args), unit(problem, index), size(unit.plane_size(problem)), keep(slots(p) == p.batch), y(memory),
         z(y + slots(p) * size), grad_z(z + slots(p) * size), grad_y(grad_z + slots(p) * size),
         primary_norm(unit, a.primary, 1, 0), clamp(p.activation) {}
 
-  // Rounds over the batch: two for each of a primary map's cheap maps (sums, then gradients), of which the last one yields
-  // the primary maps' sums too, and one for the primary normalisation, over what the others left in grad_raw.
+  // Rounds over the batch: two for each of a primary map's cheap maps (sums, then gradients), of which the last one
+  // yields the primary maps' sums too, and one for the primary normalisation, over what the others left in grad_raw.
   void run(const A* cheap_weight, const Output& grad_raw) {
     Sums sums;
     for (int64_t s = 0; s < p.multiplier; ++s) cheap(cheap_weight, s, grad_raw, sums);
@@ -147,7 +145,8 @@ class UnitBackward {
     });
   }
 
-  // Adds grad_y to what earlier cheap maps left in grad_raw; after the last one, goes on through the primary activation.
+  // Adds grad_y to what earlier cheap maps left in grad_raw; after the last one, goes on through the primary
+  // activation.
   void leave(int64_t n, int64_t s, const Output& grad_raw, Sums& sums) const {
     const bool last = s == p.multiplier - 1;
     const auto raw = raw_plane(n);

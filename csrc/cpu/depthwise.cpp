@@ -75,7 +75,8 @@ void channels_weight_gradient(const Problem& p, const A* gradient, const A* in, 
 
 template <class A, bool Planar>
 void depthwise(const Problem& p, const A* in, A* out, const Vec<A>* taps, bool accumulate) {
-  with_kernel_size(p.kernel, [&](auto k) { plane_forward<A, Planar, decltype(k)::value>(p, in, out, taps, accumulate); });
+  with_kernel_size(p.kernel,
+                   [&](auto k) { plane_forward<A, Planar, decltype(k)::value>(p, in, out, taps, accumulate); });
 }
 
 template <class A, bool Planar>
@@ -88,8 +89,8 @@ void depthwise_weight_gradient(const Problem& p, const A* gradient, const A* in,
   });
 }
 
-#define FIF_DEPTHWISE(A, Planar)                                                            \
-  template void depthwise<A, Planar>(const Problem&, const A*, A*, const Vec<A>*, bool);    \
+#define FIF_DEPTHWISE(A, Planar)                                                         \
+  template void depthwise<A, Planar>(const Problem&, const A*, A*, const Vec<A>*, bool); \
   template void depthwise_weight_gradient<A, Planar>(const Problem&, const A*, const A*, Vec<A>*);
 FIF_DEPTHWISE(float, true)
 FIF_DEPTHWISE(float, false)

@@ -1,8 +1,8 @@
 // The cheap part: K x K depthwise correlation, stride 1, zero padding, over one plane or over one vector of channels.
 //
-// Both forms call emit(row, column or first flat pixel, value, mask) with the raw sum; the caller normalises and stores.
-// A block of outputs shares its loads: R rows of one column vector read R + K - 1 rows for R * K rows of multiply-adds.
-// The halo is never read: masked lanes stand for the zeros around the (already activated) map.
+// Both forms call emit(row, column or first flat pixel, value, mask) with the raw sum; the caller normalises and
+// stores. A block of outputs shares its loads: R rows of one column vector read R + K - 1 rows for R * K rows of
+// multiply-adds. The halo is never read: masked lanes stand for the zeros around the (already activated) map.
 #pragma once
 
 #include "vec.h"
@@ -11,7 +11,10 @@ namespace fif::FIF_ISA {
 
 // Outputs of one block: as many sums as the registers hold beside the taps. f64 serves proofs, not speed: one.
 template <class A, int K>
-constexpr int kBlock = sizeof(A) == 8 ? 1 : K == 7 ? 2 : kRegisters == 32 ? (K == 3 ? 7 : 4) : (K == 3 ? 4 : 2);
+constexpr int kBlock = sizeof(A) == 8 ? 1
+    : K == 7                          ? 2
+    : kRegisters == 32                ? (K == 3 ? 7 : 4)
+                                      : (K == 3 ? 4 : 2);
 
 // ---- lanes along the pixels of one plane
 
@@ -38,7 +41,8 @@ FIF_INLINE void plane_column(const In* in, int height, int width, int r, int col
 
 // Maps narrower than half a vector: a vector holds several whole rows, and every tap has a mask of its own.
 template <int K, class A, class In, class Emit>
-FIF_INLINE void plane_narrow(const In* in, int height, int width, int r0, int r1, const Vec<A> (&taps)[K * K], Emit& emit) {
+FIF_INLINE void plane_narrow(const In* in, int height, int width, int r0, int r1, const Vec<A> (&taps)[K * K],
+                             Emit& emit) {
   constexpr int L = kLanes<A>, P = K / 2;
   const int rows = L / width;
   Mask columns[K];
@@ -59,8 +63,7 @@ FIF_INLINE void plane_narrow(const In* in, int height, int width, int r0, int r1
       if (above <= below) continue;
       const Mask inside = valid & first_lanes((int64_t)above * width) & ~first_lanes((int64_t)below * width);
       const In* p = in + (int64_t)first * width;
-      FIF_UNROLL for (int dx = 0; dx < K; ++dx)
-        acc[dx] += load(p + dx - P, inside & columns[dx]) * taps[dy * K + dx];
+      FIF_UNROLL for (int dx = 0; dx < K; ++dx) acc[dx] += load(p + dx - P, inside & columns[dx]) * taps[dy * K + dx];
     }
     FIF_UNROLL for (int dx = 1; dx < K; ++dx) acc[0] += acc[dx];
     emit((int64_t)r * width, acc[0], valid);

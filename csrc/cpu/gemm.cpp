@@ -1,20 +1,21 @@
 // The register-tiled product of gemm.h.
 //
 // Tile: R rows x V vectors of accumulators, plus V vectors of b and one broadcast of a; 32 registers hold 12x2, 8x3 or
-// 6x4, 16 hold 6x2 or 4x3. Per step of k: V loads, R broadcasts, R*V fused multiply-adds; with 12x2 that is 14 loads for
-// 24 multiply-adds, so the loads hide behind the arithmetic. Limit: the multiply-add units.
+// 6x4, 16 hold 6x2 or 4x3. Per step of k: V loads, R broadcasts, R*V fused multiply-adds; with 12x2 that is 14 loads
+// for 24 multiply-adds, so the loads hide behind the arithmetic. Limit: the multiply-add units.
 #include "gemm.h"
 
 namespace fif::FIF_ISA {
 namespace {
 
 constexpr int kTileVectors = 4;
-constexpr int kMaxRows[kTileVectors + 1] = {0, kTileRows, kTileRows, kRegisters == 32 ? 9 : 4, kRegisters == 32 ? 6 : 2};
+constexpr int kMaxRows[kTileVectors + 1] = {0, kTileRows, kTileRows, kRegisters == 32 ? 9 : 4,
+                                            kRegisters == 32 ? 6 : 2};
 
 // Every finish, activation and format, for sums laid out as rows x vectors.
 template <class A, class B, class C>
-__attribute__((noinline)) void finish_sums(const Gemm<A, B, C>& g, Vec<A>* sums, int rows, int vectors, int64_t i, int64_t j,
-                                           Mask last) {
+__attribute__((noinline)) void finish_sums(const Gemm<A, B, C>& g, Vec<A>* sums, int rows, int vectors, int64_t i,
+                                           int64_t j, Mask last) {
   constexpr int L = kLanes<A>;
   const Clamp<A> clamp(g.activation);
   for (int r = 0; r < rows; ++r)
@@ -56,12 +57,12 @@ void tile(const Gemm<A, B, C>& g, int64_t i, int64_t j, Mask last) {
     }
   }
 
-  // Plain stores and clamps of full precision leave straight from the registers; the rest takes the detour over the stack.
+  // Plain stores and clamps of full precision leave straight from the registers; the rest takes the detour over the
+  // stack.
   const bool affine = g.finish == Finish::by_row || g.finish == Finish::by_column;
   if (sizeof(C) != sizeof(A) || g.finish == Finish::accumulate || (affine && !is_clamp(g.activation))) {
     Vec<A> sums[R][V];
-    FIF_UNROLL for (int r = 0; r < R; ++r)
-      FIF_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = acc[r][v];
+    FIF_UNROLL for (int r = 0; r < R; ++r) FIF_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = acc[r][v];
     finish_sums(g, &sums[0][0], R, V, i, j, last);
     return;
   }
@@ -127,8 +128,7 @@ void gemm(const Gemm<A, B, C>& g) {
     const int64_t w = min_of(width, vectors - v);
     const Mask last = first_lanes(min_of<int64_t>(L, g.cols - (v + w - 1) * L));
     const int64_t height = g.rows <= kMaxRows[w] ? g.rows : kMaxRows[w];
-    for (int64_t i = 0; i < g.rows; i += height)
-      tiles.at[w - 1][min_of(height, g.rows - i) - 1](g, i, v * L, last);
+    for (int64_t i = 0; i < g.rows; i += height) tiles.at[w - 1][min_of(height, g.rows - i) - 1](g, i, v * L, last);
   }
 }
 

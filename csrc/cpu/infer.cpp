@@ -1,4 +1,5 @@
-// Inference: primary product, normalisation, activation, depthwise, normalisation, activation, concatenation, in one pass.
+// Inference: primary product, normalisation, activation, depthwise, normalisation, activation, concatenation, in one
+// pass.
 //
 // A task takes one image and some blocks of channels and walks down the map in tiles of rows. Per tile and block it
 // computes the primary maps (one halo of rows ahead) straight into their place in the output, then reads them back from
@@ -15,8 +16,8 @@ struct Place {
   int thread;
 };
 
-// Walks the unit: primary(place), then cheap(place) one halo of rows behind. Where there are too few (image, block) pairs
-// for the threads, all of primary runs before cheap, each cut by rows.
+// Walks the unit: primary(place), then cheap(place) one halo of rows behind. Where there are too few (image, block)
+// pairs for the threads, all of primary runs before cheap, each cut by rows.
 template <class Primary, class Cheap>
 void sweep(const Problem& p, const Threads& threads, int64_t blocks, int64_t rows, Primary primary, Cheap cheap) {
   if (p.batch * blocks < threads.count) {
@@ -56,7 +57,8 @@ template <class T>
 struct PrimaryMaps {
   Scratch<T> scratch;
   Output map;
-  PrimaryMaps(const Problem& p, const InferArgs& a, int64_t slots) : scratch(p.splice ? 0 : slots * p.primary * p.pixels()) {
+  PrimaryMaps(const Problem& p, const InferArgs& a, int64_t slots)
+      : scratch(p.splice ? 0 : slots * p.primary * p.pixels()) {
     map = a.out;
     if (!p.splice) map = {scratch.get(), p.primary * p.pixels(), p.channels_last ? p.primary : p.pixels()};
   }
@@ -173,8 +175,8 @@ void infer_channels_last(const Problem& p, const InferArgs& a, const Threads& th
         if (channel >= p.out_channels) break;
         const Mask kept = lanes & first_lanes(ceil_div(p.out_channels - channel, p.multiplier));
         Vec<A> taps[K * K];
-        FIF_UNROLL for (int t = 0; t < K * K; ++t)
-          taps[t] = load_strided(cheap_weight.get() + t * p.cheap() + j, p.multiplier, lanes);
+        FIF_UNROLL for (int t = 0; t < K * K; ++t) taps[t] =
+            load_strided(cheap_weight.get() + t * p.cheap() + j, p.multiplier, lanes);
         const Vec<A> scale = load_strided(cheap_norm.scale() + j, p.multiplier, lanes);
         const Vec<A> shift = load_strided(cheap_norm.shift() + j, p.multiplier, lanes);
         T* out = static_cast<T*>(a.out.data) + at.n * a.out.batch + channel;
@@ -189,7 +191,8 @@ void infer_channels_last(const Problem& p, const InferArgs& a, const Threads& th
             store(at, v, kept);
         };
         if (!kFreeMasks && is_full<A>(lanes))
-          depthwise_channels<K, !kFreeMasks, A>(in, maps.map.step, lanes, p.height, p.width, at.row, at.stop, taps, emit);
+          depthwise_channels<K, !kFreeMasks, A>(in, maps.map.step, lanes, p.height, p.width, at.row, at.stop, taps,
+                                                emit);
         else
           depthwise_channels<K, false, A>(in, maps.map.step, lanes, p.height, p.width, at.row, at.stop, taps, emit);
       }

@@ -1,8 +1,8 @@
 // What the three passes share: scratch memory, the thread pool, normalisation constants, and units.
 //
-// Training works unit by unit, since batch normalisation and the depthwise part both stay inside a channel: a unit is one
-// channel of the whole batch (NCHW: lanes are pixels) or one vector of channels (NHWC: lanes are channels). A unit's
-// planes are copied to scratch in the compute type, where both layouts look alike: an array of whole vectors.
+// Training works unit by unit, since batch normalisation and the depthwise part both stay inside a channel: a unit is
+// one channel of the whole batch (NCHW: lanes are pixels) or one vector of channels (NHWC: lanes are channels). A
+// unit's planes are copied to scratch in the compute type, where both layouts look alike: an array of whole vectors.
 #pragma once
 
 #include <cmath>
@@ -34,8 +34,9 @@ class Scratch {
 // f(begin, end, thread) over [0, tasks)
 template <class F>
 void parallel(const Threads& threads, int64_t tasks, F f) {
-  threads.run(tasks, [](void* state, int64_t begin, int64_t end, int thread) { (*static_cast<F*>(state))(begin, end, thread); },
-              &f);
+  threads.run(
+      tasks, [](void* state, int64_t begin, int64_t end, int thread) { (*static_cast<F*>(state))(begin, end, thread); },
+      &f);
 }
 
 // Numbers of T as numbers of the compute type: the memory itself where they are the same.
@@ -59,7 +60,8 @@ class Computed {
   const A* values_;
 };
 
-// out[j * rows + i] = in[i * step + j] for `rows` x `columns` numbers: whole squares of lanes in registers, the rest singly.
+// out[j * rows + i] = in[i * step + j] for `rows` x `columns` numbers: whole squares of lanes in registers, the rest
+// singly.
 template <class T>
 void transpose(const T* in, int64_t step, int64_t rows, int64_t columns, Compute<T>* out, int64_t out_step) {
   using A = Compute<T>;
@@ -71,8 +73,7 @@ void transpose(const T* in, int64_t step, int64_t rows, int64_t columns, Compute
       Vec<A> square[L];
       FIF_UNROLL for (int k = 0; k < L; ++k) square[k] = k < height ? load(in + (i + k) * step + j, across) : Vec<A>{};
       transpose_square<A>(square);
-      FIF_UNROLL for (int k = 0; k < L; ++k)
-        if (k < width) store(out + (j + k) * out_step + i, square[k], down);
+      FIF_UNROLL for (int k = 0; k < L; ++k) if (k < width) store(out + (j + k) * out_step + i, square[k], down);
     }
 }
 
@@ -162,7 +163,9 @@ struct Unit {
     }
   }
   static int64_t count(const Problem& p) { return Planar ? p.primary : ceil_div(p.primary, kLane); }
-  static int64_t plane_size(const Problem& p) { return Planar ? ceil_div(p.pixels(), kLane) * kLane : p.pixels() * kLane; }
+  static int64_t plane_size(const Problem& p) {
+    return Planar ? ceil_div(p.pixels(), kLane) * kLane : p.pixels() * kLane;
+  }
 
   // One number a channel, of an array over channels (stride 1) or over cheap maps (stride S, from offset s).
   Vec<A> parameter(const A* values, int64_t stride = 1, int64_t offset = 0) const {
@@ -250,8 +253,8 @@ class Total {
   double lane_[kLanes<A>] = {};
 };
 
-// Whether a unit's planes for the whole batch, `kinds` of them, may stay in cache between two rounds; else each image's are
-// computed anew in the second round, which costs less than the way to memory and back.
+// Whether a unit's planes for the whole batch, `kinds` of them, may stay in cache between two rounds; else each image's
+// are computed anew in the second round, which costs less than the way to memory and back.
 template <class A, bool Planar>
 bool keeps_planes(const Problem& p, int kinds) {
   constexpr int64_t kKeptBytes = 512 * 1024;

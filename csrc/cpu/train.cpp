@@ -1,9 +1,9 @@
-// Training forward: batch statistics need a round over the primary maps and one over the cheap ones before either can be
-// normalised, but all of it stays inside a channel. So: one product writes the raw primary maps, then every unit (a channel
-// of the whole batch) goes through its rounds at once, in scratch that stays in cache.
+// Training forward: batch statistics need a round over the primary maps and one over the cheap ones before either can
+// be normalised, but all of it stays inside a channel. So: one product writes the raw primary maps, then every unit (a
+// channel of the whole batch) goes through its rounds at once, in scratch that stays in cache.
 //
-// Memory traffic per pixel: C read, M written and read twice (raw), M + N written; where a unit is too large for the cache,
-// raw is read once more, and the depthwise part computed twice. Saved for backward: raw and the statistics.
+// Memory traffic per pixel: C read, M written and read twice (raw), M + N written; where a unit is too large for the
+// cache, raw is read once more, and the depthwise part computed twice. Saved for backward: raw and the statistics.
 // Results do not depend on the number of threads: a unit is one task, and a product's sums have a fixed order.
 #include "pass.h"
 

@@ -1,7 +1,7 @@
 // Vectors of the compute type (f32 or f64), loaded from and stored to f32, f64, bf16 and f16 memory, whole or masked.
 //
-// This header is compiled once per instruction set (FIF_ISA names the namespace) and must define nothing that the linker
-// could merge between variants: no standard-library templates, everything inside the namespace.
+// This header is compiled once per instruction set (FIF_ISA names the namespace) and must define nothing that the
+// linker could merge between variants: no standard-library templates, everything inside the namespace.
 #pragma once
 
 #include <cstdint>
@@ -286,8 +286,8 @@ FIF_INLINE A sum_lanes(Vec<A> v) {
 #endif
   A lane[kLanes<A>];
   memcpy(lane, &v, sizeof v);
-  FIF_UNROLL for (int half = kLanes<A> / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+  FIF_UNROLL for (int half = kLanes<A> / 2; half > 0; half /= 2) for (int l = 0; l < half; ++l) lane[l] +=
+      lane[l + half];
   return lane[0];
 }
 
@@ -318,8 +318,7 @@ FIF_INLINE void exchange(V& a, V& b) {
 // rows[i][j] becomes rows[j][i], for as many rows as lanes.
 template <class A, int Half = kLanes<A> / 2>
 FIF_INLINE void transpose_square(Vec<A>* rows) {
-  FIF_UNROLL for (int i = 0; i < kLanes<A>; ++i)
-    if (i / Half % 2 == 0) exchange<Half>(rows[i], rows[i + Half]);
+  FIF_UNROLL for (int i = 0; i < kLanes<A>; ++i) if (i / Half % 2 == 0) exchange<Half>(rows[i], rows[i + Half]);
   if constexpr (Half > 1) transpose_square<A, Half / 2>(rows);
 }
 

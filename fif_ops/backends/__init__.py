@@ -7,6 +7,7 @@ an explicit choice raises the reason of one that cannot. The reference runs ever
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -75,7 +76,7 @@ class _Cpu(Backend):
         if x.dtype not in _CPU_DTYPES:
             return f"x is {x.dtype}; the kernels take float32, bfloat16, float16 and float64"
         if primary.shape[2] != 1 or primary.shape[3] != 1 or padding != 0:
-            return f"the primary kernel is {primary.shape[2]}x{primary.shape[3]} with padding {padding}, not 1x1 without"
+            return f"the primary kernel is {primary.shape[2]}x{primary.shape[3]}, padding {padding}, not 1x1 without"
         if stride != 1:
             return f"the primary stride is {stride}, not 1"
         if groups != 1:
@@ -93,8 +94,7 @@ _ORDER: tuple[Backend, ...] = (_Cpu(), _Reference())
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ORDER}
 REFERENCE = BACKENDS["reference"]
 
-_forced: str | None = None
-_told = False
+_forced: list[str] = []  # names of the blocks of ``use`` that we are in; a plain list, which torch.compile can read
 
 
 def _checked(name: str, source: str) -> str:
@@ -106,20 +106,19 @@ def _checked(name: str, source: str) -> str:
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
     """Within the block, every unit runs on the backend of this name, or raises ValueError with the reason why not."""
-    global _forced
-    before, _forced = _forced, _checked(name, "name")
+    _forced.append(_checked(name, "name"))
     try:
         yield
     finally:
-        _forced = before
+        _forced.pop()
 
 
 def wanted(backend: str | None) -> str | None:
     """The backend that the caller, ``use`` or the variable FIF_OPS_BACKEND asks for, in this order; None: any."""
     if backend is not None:
         return _checked(backend, "backend")
-    if _forced is not None:
-        return _forced
+    if _forced:
+        return _forced[-1]
     name = os.environ.get("FIF_OPS_BACKEND", "")
     return _checked(name, "FIF_OPS_BACKEND") if name else None
 
@@ -136,12 +135,10 @@ def choose(problem: Problem, backend: str | None = None) -> Backend:
     return chosen
 
 
+@functools.cache
 def _tell_once() -> None:
-    global _told
-    if not _told:
-        _told = True
-        reason = BACKENDS["cpu"].unavailable()
-        warnings.warn(f"fif_ops runs on its reference path: {reason}", RuntimeWarning, stacklevel=4)
+    reason = BACKENDS["cpu"].unavailable()
+    warnings.warn(f"fif_ops runs on its reference path: {reason}", RuntimeWarning, stacklevel=5)
 
 
 def describe() -> list[tuple[str, bool, str]]:

@@ -1,0 +1,207 @@
+"""Turns a JSON file of ``pytest benchmarks --benchmark-json=FILE`` into tables of ratios and a plot.
+
+    python -m benchmarks.report FILE.json [--plot FILE.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+TITLES = {
+    "inference": "Unit, inference",
+    "training": "Unit, forward and backward",
+    "host": "Unit on 2x2 maps: the time of a call",
+    "network": "Whole network",
+}
+COLOURS = ("#8da2b8", "#0f766e", "#7c3aed", "#b45309", "#be185d", "#4d7c0f", "#1d4ed8", "#57534e")
+INK = "#1f2937"
+
+
+class Column(NamedTuple):
+    """A ratio that tables show: the time of rivals over that of the fused unit, each the best of those admitted."""
+
+    title: str
+    rivals: Callable[[dict], bool]
+    ours: Callable[[dict], bool]
+
+
+class Row(NamedTuple):
+    """A task: seconds of the fused unit in its better layout, and a ratio for each column, None where it has none."""
+
+    task: str
+    seconds: float
+    ratios: list[float | None]
+
+
+def _anything(_peer: dict) -> bool:
+    return True
+
+
+def columns(records: Sequence[dict]) -> list[Column]:
+    """One column for each family of rivals, then all rivals together: in any layout, and layout by layout."""
+    families = dict.fromkeys(
+        peer["family"] for record in records for peer in record["peers"].values() if peer["family"] != "fused"
+    )
+    result = [Column(f"vs {family}", lambda p, f=family: p["family"] == f, _anything) for family in families]
+    result.append(Column("vs best", _anything, _anything))
+    for title, last in (("nchw vs best nchw", False), ("nhwc vs best nhwc", True)):
+        same_layout = lambda p, last=last: p["channels_last"] == last  # noqa: E731
+        result.append(Column(title, same_layout, same_layout))
+    return result
+
+
+def row(record: dict, wanted: Sequence[Column]) -> Row:
+    """The ratios of one record (what ``extra_info`` holds)."""
+    peers = record["peers"].values()
+    fused = [peer for peer in peers if peer["family"] == "fused"]
+    rivals = [peer for peer in peers if peer["family"] != "fused"]
+    ratios: list[float | None] = []
+    for column in wanted:
+        theirs = min((p["median"] for p in rivals if column.rivals(p)), default=None)
+        ours = min((p["median"] for p in fused if column.ours(p)), default=None)
+        ratios.append(None if theirs is None or ours is None else theirs / ours)
+    return Row(record["task"], min(p["median"] for p in fused), ratios)
+
+
+def summaries(rows: Sequence[Row]) -> tuple[list[float | None], list[float | None]]:
+    """Geometric mean and least ratio of every column."""
+    held = [[ratio for ratio in ratios if ratio is not None] for ratios in zip(*(r.ratios for r in rows), strict=True)]
+    return [geometric_mean(values) if values else None for values in held], [min(v, default=None) for v in held]
+
+
+def load(path: Path) -> tuple[dict[str, list[dict]], dict[str, Any]]:
+    """Records by suite, and the machine. Raises ValueError if the file is not one of these benchmarks."""
+    try:
+        content = json.loads(path.read_text())
+        records = [b["extra_info"] for b in content["benchmarks"] if "suite" in b["extra_info"]]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no JSON file of pytest-benchmark ({type(error).__name__}: {error})") from None
+    if not records:
+        raise ValueError(f"{path} has no results: was it written by pytest benchmarks --benchmark-json={path}?")
+    by_suite: dict[str, list[dict]] = {}
+    for record in records:
+        by_suite.setdefault(record["suite"], []).append(record)
+    return by_suite, content.get("machine_info", {}).get("fif_ops", {})
+
+
+def show(console: Console, suites: dict[str, list[dict]], machine: dict[str, Any]) -> None:
+    """Prints the machine, a table for each suite, and what to be wary of."""
+    console.print(describe(machine), highlight=False)
+    for suite, records in suites.items():
+        console.print(_table(TITLES.get(suite, suite), records))
+    console.print("Ratios: time of the rival over that of the fused unit, medians taken in turns, better layout of each.")
+    if machine.get("quick"):
+        console.print("[yellow]Measured with --quick: too short to quote.[/]")
+    records = [record for records in suites.values() for record in records]
+    for record in records:
+        if record["floor"] and not record["floor"]["met"]:
+            console.print(f"[bold red]Floor missed[/]: {record['task']} is not faster than eager.", highlight=False)
+    for name, why in {pair for record in records for pair in record["skipped"].items()}:
+        console.print(f"Not measured: {name}: {why}", highlight=False)
+
+
+def describe(machine: dict[str, Any]) -> str:
+    """The machine in a line."""
+    if not machine:
+        return "machine unknown"
+    return (
+        f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} thread(s) of {machine['cores']} "
+        f"cores, torch {machine['torch']}, fif_ops {machine['fif_ops']}"
+    )
+
+
+def _table(title: str, records: Sequence[dict]) -> Table:
+    wanted = columns(records)
+    rows = [row(record, wanted) for record in records]
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("task", no_wrap=True)
+    table.add_column("fused", justify="right", no_wrap=True)
+    for column in wanted:
+        table.add_column(column.title, justify="right")
+    for line in rows:
+        table.add_row(line.task, _time(line.seconds), *map(_ratio, line.ratios))
+    if len(rows) > 1:
+        table.add_section()
+        mean, least = summaries(rows)
+        table.add_row("geometric mean", "", *map(_ratio, mean))
+        table.add_row("least", "", *map(_ratio, least))
+    return table
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def _ratio(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value > 1 else f"[red]{value:.2f}[/]"
+
+
+def plot(path: Path, suites: dict[str, list[dict]], machine: dict[str, Any]) -> None:
+    """Draws, for each suite, how much longer every family of rivals takes than the fused unit."""
+    heights = [len(records) + 2.5 for records in suites.values()]
+    figure = Figure(figsize=(10, 0.32 * sum(heights) + 1.2), dpi=110, layout="constrained", facecolor="white")
+    figure.suptitle("Speed-up of the fused unit", fontsize=14, fontweight="bold", color=INK)
+    panels = figure.subplots(len(suites), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (suite, records) in zip(panels, suites.items(), strict=True):
+        _draw(axes, TITLES.get(suite, suite), records)
+    note = " (--quick: too short to quote)" if machine.get("quick") else ""
+    figure.supxlabel(f"{describe(machine)}{note}", fontsize=8.5, color="#6b7280")
+    figure.savefig(path)
+
+
+def _draw(axes: Axes, title: str, records: Sequence[dict]) -> None:
+    families = [column for column in columns(records) if column.title.startswith("vs ") and column.title != "vs best"]
+    rows = [row(record, families) for record in records]
+    places = range(len(rows))
+    for index, column in enumerate(families):
+        points = [(line.ratios[index], place) for place, line in enumerate(rows) if line.ratios[index] is not None]
+        mean = geometric_mean([ratio for ratio, _ in points])
+        colour = COLOURS[index % len(COLOURS)]
+        label = f"{column.title.removeprefix('vs ')} (geometric mean {mean:.2f})"
+        axes.plot(*zip(*points, strict=True), "o", color=colour, markersize=7, label=label)
+    axes.axvline(1, color="#b91c1c", linewidth=1.2)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.set_yticks(places, [f"{line.task}   {_time(line.seconds)}" for line in rows], fontsize=9)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.grid(color="#d1d5db", linewidth=0.6, alpha=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Tables and plot of benchmarks.")
+    parser.add_argument("file", type=Path, help="written by pytest benchmarks --benchmark-json=FILE")
+    parser.add_argument("--plot", type=Path, help="PNG file; by default beside the JSON file")
+    options = parser.parse_args(arguments)
+    try:
+        suites, machine = load(options.file)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    target = options.plot or options.file.with_suffix(".png")
+    console = Console()
+    show(console, suites, machine)
+    plot(target, suites, machine)
+    console.print(f"Written: {target}", highlight=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

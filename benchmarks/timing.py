@@ -1,0 +1,108 @@
+"""Times that can be compared: peers take turns, so that a change of the clock or a noisy neighbour meets all alike."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Callable, Iterator, Mapping
+from itertools import repeat
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+
+MIN_SAMPLE = 200e-6  # seconds; shorter samples would measure the clock
+WARM_UP = 0.05  # seconds for each peer, and at least three calls
+MAX_ROUNDS = 201
+
+
+class Timing(NamedTuple):
+    """Seconds per call over all rounds; each sample is the mean of ``repeats`` calls."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    rounds: int
+    repeats: int
+
+
+class Pace(NamedTuple):
+    """How long to measure: about ``seconds`` for all peers together, but at least ``least_rounds`` rounds."""
+
+    seconds: float
+    least_rounds: int
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within the block torch uses ``count`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def pinned() -> Iterator[None]:
+    """Within the block the calling thread stays on one core, where the system can do that; for one-thread figures."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})  # interrupts rather go to the first
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def interleaved(actions: Mapping[str, Callable[[], Any]], pace: Pace) -> dict[str, Timing]:
+    """Times every action in rounds A B C, A B C, ... after a warm-up of each."""
+    repeats, expected = {}, 0.0
+    for name, action in actions.items():
+        seconds = _warm_up(action)
+        repeats[name] = max(1, round(MIN_SAMPLE / seconds + 0.5))
+        expected += seconds * repeats[name]
+    rounds = min(max(pace.least_rounds, int(pace.seconds / expected)), MAX_ROUNDS)
+    samples: dict[str, list[float]] = {name: [] for name in actions}
+    with _no_garbage_collection():
+        for _ in range(rounds):
+            for name, action in actions.items():
+                samples[name].append(_sample(action, repeats[name]))
+    return {name: _summary(samples[name], repeats[name]) for name in actions}
+
+
+def _warm_up(action: Callable[[], Any]) -> float:
+    """Seconds of a call once it has run for a while."""
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < WARM_UP:
+        times.append(_sample(action, 1))
+    return median(times)
+
+
+def _sample(action: Callable[[], Any], repeats: int) -> float:
+    start = perf_counter()
+    for _ in repeat(None, repeats):
+        action()
+    return (perf_counter() - start) / repeats
+
+
+def _summary(samples: list[float], repeats: int) -> Timing:
+    lower, middle, upper = quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    return Timing(middle, lower, upper, len(samples), repeats)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
