@@ -3,6 +3,8 @@
 Environment:
     CXX                        the C++ compiler; otherwise the first of c++, g++, clang++
     MAX_JOBS                   parallel compiler processes; otherwise one per core and per GiB of free memory
+    FIF_OPS_CUDA_ARCHS         GPU architectures, as in "80;90"; otherwise 80 to 120 as far as nvcc knows them
+    FIF_OPS_SKIP_CUDA=1        leave out the CUDA kernels although there is an nvcc (CUDA_HOME or the one on the path)
     FIF_OPS_SKIP_KERNELS=1     build the pure-Python package on purpose
     FIF_OPS_REQUIRE_KERNELS=1  fail where the kernels cannot be built, rather than install without them
     FIF_OPS_SANITIZE           sanitizers of `python setup.py build_sanitized` (default: address,undefined)
@@ -42,6 +44,8 @@ X86_ISAS = {
     "avx512": "-march=x86-64-v4",
     "amx": "-march=x86-64-v4 -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8",
 }
+NVCC_FLAGS = "-std=c++20 -O3 -Icsrc --compress-mode=size -Xcompiler -fPIC,-fvisibility=hidden"
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 ISAS = X86_ISAS if platform.machine() == "x86_64" else {"baseline": ""}
 
 
@@ -95,17 +99,41 @@ def find_ninja() -> str:
     return found or stop("ninja is missing: run `pip install ninja`, or drop --no-build-isolation")
 
 
-def first_line(*command: str) -> str:
-    """First line that a command prints, empty where it fails."""
+def lines_of(*command: str) -> list[str]:
+    """The lines that a command prints, none where it fails."""
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.partition("\n")[0]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return []
 
 
-def cuda_units() -> list[tuple[Path, str, str]]:
-    """Units of csrc/cuda, compiled by nvcc where there is one. None exist yet."""
-    return []
+def first_line(*command: str) -> str:
+    return next(iter(lines_of(*command)), "")
+
+
+def find_cuda() -> tuple[str, Path] | None:
+    """nvcc and the toolkit's folder, or None where there is none or FIF_OPS_SKIP_CUDA is set."""
+    if switched_on("FIF_OPS_SKIP_CUDA") or not list((ROOT / "csrc/cuda").glob("*.cu")):
+        return None
+    named = os.environ.get("CUDA_HOME", "").strip()
+    nvcc = shutil.which("nvcc", path=f"{named}/bin") if named else shutil.which("nvcc")
+    homes = [named, str(Path(nvcc).resolve().parents[1]) if nvcc else "", "/usr/local/cuda"]
+    home = next((Path(home) for home in homes if home and Path(home, "include/cuda_runtime.h").is_file()), None)
+    if home and not nvcc:
+        nvcc = shutil.which("nvcc", path=str(home / "bin"))
+    return (nvcc, home) if nvcc and home else None
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """The architectures to build for: FIF_OPS_CUDA_ARCHS, or those of CUDA_ARCHS that this nvcc knows."""
+    known = {line[8:] for line in lines_of(nvcc, "--list-gpu-arch")}
+    named = os.environ.get("FIF_OPS_CUDA_ARCHS", "").replace(";", " ").replace(",", " ").split()
+    wanted = [arch.replace(".", "") for arch in named]
+    unknown = [arch for arch in wanted if arch not in known]
+    if unknown:
+        choice = ", ".join(sorted(known, key=int))
+        stop(f"FIF_OPS_CUDA_ARCHS names {', '.join(unknown)}, which {nvcc} does not know: choose from {choice}")
+    return wanted or [arch for arch in CUDA_ARCHS if arch in known]
 
 
 def units(torch_includes: str) -> list[tuple[Path, str, str]]:
@@ -121,23 +149,54 @@ def units(torch_includes: str) -> list[tuple[Path, str, str]]:
     return [
         *((source, f"{source.stem}.o", operator_flags) for source in operators),
         *((source, f"{isa}/{source.stem}.o", f"{ISAS[isa]} -DFIF_ISA={isa}") for isa in ISAS for source in kernels),
-        *cuda_units(),
     ]
 
 
-def ninja_file(folder: str, flags: str, link_flags: str, torch_includes: str) -> str:
-    """Text of build.ninja. Paths are relative to the root, so that none of this machine's gets into the library."""
+def cuda_part(folder: str, torch_includes: str) -> tuple[list[str], list[str], str, list[str]]:
+    """Lines of build.ninja, objects, link flags and architectures of the CUDA kernels; all empty without an nvcc."""
+    found = find_cuda()
+    if found is None:
+        return [], [], "", []
+    nvcc, home = found
+    archs = cuda_archs(nvcc)
+    codes = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
+    newest = max(archs, key=int)  # embedded as PTX too, for GPUs to come
+    flags = f"{NVCC_FLAGS} {codes} -gencode=arch=compute_{newest},code=compute_{newest}"
+    lines = [
+        f"rule nvcc\n  command = {nvcc} -ccbin {find_compiler()} {flags} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out",
+    ]
+    objects = []
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        objects.append(f"{folder}/cuda/{source.stem}.o")
+        lines.append(f"build {objects[-1]}: nvcc {source.relative_to(ROOT)}")
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cpp")):
+        objects.append(f"{folder}/cuda/{source.stem}.o")
+        unit_flags = f"{ISAS['baseline']} {TORCH_FLAGS} {torch_includes} -isystem {home}/include"
+        lines.append(f"build {objects[-1]}: compile {source.relative_to(ROOT)}\n  unit_flags = {unit_flags}")
+    folders = [path for path in (home / "lib64", home / "lib") if (path / "libcudart_static.a").is_file()]
+    return lines, objects, f"-L{folders[0]} -lcudart_static -ldl -lrt -lpthread" if folders else "-lcudart", archs
+
+
+def ninja_file(folder: str, flags: str, link_flags: str, torch_includes: str, cuda: bool) -> tuple[str, list[str]]:
+    """Text of build.ninja, and the CUDA architectures in it. Sources are relative to the root, so that no path of this
+    machine gets into the library."""
     cxx = find_compiler()
     lines = [
         f"rule compile\n  command = {cxx} {CXX_FLAGS} {flags} $unit_flags -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = compile $out",
-        f"rule link\n  command = {cxx} -o $out $in {LINK_FLAGS} {link_flags}\n  description = link $out",
     ]
     objects = []
     for source, name, unit_flags in units(torch_includes):
         objects.append(f"{folder}/{name}")
         lines.append(f"build {objects[-1]}: compile {source.relative_to(ROOT)}\n  unit_flags = {unit_flags}")
-    return "\n".join([f"builddir = {folder}", *lines, f"build {folder}/_C.so: link {' '.join(objects)}", ""])
+    cuda_lines, cuda_objects, cuda_link, archs = cuda_part(folder, torch_includes) if cuda else ([], [], "", [])
+    lines += [
+        *cuda_lines,
+        f"rule link\n  command = {cxx} -o $out $in {LINK_FLAGS} {link_flags} {cuda_link}\n  description = link $out",
+        f"build {folder}/_C.so: link {' '.join([*objects, *cuda_objects])}",
+    ]
+    return "\n".join([f"builddir = {folder}", *lines, ""]), archs
 
 
 def job_count() -> int:
@@ -150,16 +209,23 @@ def job_count() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), free_gib))
 
 
-def build_library(folder: str, flags: str, link_flags: str) -> dict[str, object]:
+def build_library(folder: str, flags: str, link_flags: str, cuda: bool) -> dict[str, object]:
     """Build `folder`/_C.so as far as it is out of date and return the record of what it was built with."""
     version, includes, libraries = torch_build()
     (ROOT / folder).mkdir(parents=True, exist_ok=True)
-    (ROOT / folder / "build.ninja").write_text(ninja_file(folder, flags, f"{libraries} {link_flags}", includes))
+    text, archs = ninja_file(folder, flags, f"{libraries} {link_flags}", includes, cuda)
+    (ROOT / folder / "build.ninja").write_text(text)
     command = [find_ninja(), "-f", f"{folder}/build.ninja", f"-j{job_count()}"]
     if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
         stop("the kernels did not compile, see above; FIF_OPS_SKIP_KERNELS=1 installs the package without them")
     compiler = first_line(*shlex.split(find_compiler()), "--version")
-    return {"torch": version, "compiler": compiler, "machine": platform.machine(), "isas": list(ISAS), "cuda_archs": []}
+    return {
+        "torch": version,
+        "compiler": compiler,
+        "machine": platform.machine(),
+        "isas": list(ISAS),
+        "cuda_archs": archs,
+    }
 
 
 NO_KERNELS = why_no_kernels()
@@ -192,7 +258,7 @@ class BuildKernels(setuptools.Command):
             (package / "_C.so").unlink(missing_ok=True)
             record.update(isas=[], cuda_archs=[], no_kernels=NO_KERNELS)
         else:
-            record.update(build_library("build/kernels", "", "-Wl,-z,defs"))
+            record.update(build_library("build/kernels", "", "-Wl,-z,defs", cuda=True))
             # A process may have the old library mapped: replace the file, never write into it.
             shutil.copyfile(ROOT / "build/kernels/_C.so", package / "_C.so.new")
             os.replace(package / "_C.so.new", package / "_C.so")
@@ -218,7 +284,7 @@ class BuildSanitized(BuildKernels):
         if NO_KERNELS:
             stop(f"nothing to sanitize: {NO_KERNELS}")
         checks = f"-fsanitize={os.environ.get('FIF_OPS_SANITIZE') or 'address,undefined'} -fno-sanitize-recover"
-        build_library("build/sanitize", f"-O1 -g1 -fno-omit-frame-pointer {checks}", checks)
+        build_library("build/sanitize", f"-O1 -g1 -fno-omit-frame-pointer {checks}", checks, cuda=False)
 
 
 class Build(build):

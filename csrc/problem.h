@@ -4,6 +4,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define FIF_PORTABLE __host__ __device__
+#else
+#define FIF_PORTABLE
+#endif
+
 namespace fif {
 
 enum class Dtype : int { f32, f64, bf16, f16 };
@@ -22,9 +28,9 @@ struct Problem {
   bool channels_last;  // of every activation tensor
   Dtype dtype;         // of activations and convolution weights; normalisation is in the compute type (f32, or f64)
 
-  int64_t pixels() const { return height * width; }
-  int64_t cheap() const { return primary * multiplier; }
-  int64_t kept_primary() const { return splice ? primary : 0; }
+  FIF_PORTABLE int64_t pixels() const { return height * width; }
+  FIF_PORTABLE int64_t cheap() const { return primary * multiplier; }
+  FIF_PORTABLE int64_t kept_primary() const { return splice ? primary : 0; }
 };
 
 // An activation tensor [B, C, H, W] whose pixels lie at one regular step.

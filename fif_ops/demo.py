@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from . import FusedFiF, __version__, data, explain, info, ops, plot, report, training
+from . import FusedFiF, __version__, backends, data, explain, info, ops, plot, report, training
 from .models import hwnet
 
 NAMES = ("reference", "fused")
@@ -51,9 +51,10 @@ def run(settings: Settings) -> int:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     try:
+        backends.wanted(None)  # a wrong FIF_OPS_BACKEND is best named before minutes of training
         settings.out.mkdir(parents=True, exist_ok=True)
         splits = load(settings, console)
-    except (data.DataError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     return execute(settings, splits, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NoReturn
 
 import torch
@@ -38,7 +39,7 @@ def feature_augment(
     Args:
         x: (B, C, H, W), any strides; float32, bfloat16, float16 or float64.
         primary_weight: (M, C/groups, k, k), x's dtype; ``primary_bias`` (M) or None.
-        cheap_weight: (N, c, d, d), d odd, x's dtype; (n, c, d, d), N = n * M/c, if ``shared``. ``cheap_bias``: one each.
+        cheap_weight: (N, c, d, d), d odd, x's dtype; (n, c, d, d), N = n * M/c, if ``shared``; ``cheap_bias`` too.
         primary_norm, cheap_norm: batch normalisation after each convolution, or None; in training mode their running
             statistics are updated in place.
         out_channels: how many maps to keep; None keeps all.
@@ -75,7 +76,11 @@ def feature_augment(
     _check_channels("primary", primary_norm, maps, primary_bias, maps, x)
     _check_channels("cheap", cheap_norm, cheap_maps, cheap_bias, cheap_weight.shape[0], x)
 
-    problem = backends.Problem(x, primary_weight, cheap_weight, stride, padding, groups)
+    norm1, norm2 = primary_norm or _NO_NORM, cheap_norm or _NO_NORM
+    convolutions = (x, primary_weight, cheap_weight, primary_bias, cheap_bias)
+    wants_grad = wants_gradients((*convolutions, norm1.weight, norm1.bias, norm2.weight, norm2.bias))
+    trains = wants_grad or norm1.training or norm2.training
+    problem = backends.Problem(x, primary_weight, cheap_weight, stride, padding, groups, trains)
     chosen = backends.choose(problem, backend)
     if chosen is backends.REFERENCE or (splice and out_channels < maps):
         return compose(
@@ -94,8 +99,12 @@ def feature_augment(
             groups=groups,
             shared=shared,
         )
-    convolutions = (x, primary_weight, cheap_weight, primary_bias, cheap_bias)
-    return _fused(convolutions, primary_norm or _NO_NORM, cheap_norm or _NO_NORM, out_channels, activation, splice)
+    return _fused(convolutions, norm1, norm2, out_channels, activation, splice, wants_grad)
+
+
+def wants_gradients(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd records what is done with these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _fused(
@@ -105,6 +114,7 @@ def _fused(
     out_channels: int,
     activation: str | None,
     splice: bool,
+    wants_grad: bool,
 ) -> Tensor:
     x = convolutions[0]
     batch1, batch2 = norm1.training, norm2.training
@@ -114,9 +124,6 @@ def _fused(
     weight2, bias2, mean2, var2 = norm2[:4]
     norms = (weight1, bias1, mean1, var1, weight2, bias2, mean2, var2)
     code = ACTIVATION_CODES[activation]
-    wants_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (*convolutions, weight1, bias1, weight2, bias2)
-    )
     if not (wants_grad or batch1 or batch2):
         return torch.ops.fif_ops.infer(*convolutions, *norms, norm1.eps, norm2.eps, out_channels, code, splice)
     options = Options(

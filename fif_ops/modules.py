@@ -94,7 +94,7 @@ class Explanation(NamedTuple):
 
 
 def explain(module: FusedFiF, x: Tensor) -> Explanation:
-    """Which backend ``module(x)`` uses and why; nothing is computed.
+    """Which backend ``module(x)`` uses and why, in the present training and grad modes; nothing is computed.
 
     x: (B, in_channels, H, W). Raises TypeError if ``module`` is not a FusedFiF.
     """
@@ -107,7 +107,9 @@ def explain(module: FusedFiF, x: Tensor) -> Explanation:
         return Explanation("reference", (("any kernel", "cheap kernels over several maps are shared"),))
     primary: Any = module.primary_conv[0]
     cheap: Any = module.cheap_operation[0]
-    problem = backends.Problem(x, primary.weight, cheap.weight, module.stride, module.padding, module.groups)
+    norms = [_norm(stage[1]) for stage in (module.primary_conv, module.cheap_operation)]
+    trains = functional.wants_gradients((x, *module.parameters())) or any(n is not None and n.training for n in norms)
+    problem = backends.Problem(x, primary.weight, cheap.weight, module.stride, module.padding, module.groups, trains)
     forced = backends.wanted(None)
     candidates = [backends.BACKENDS[forced]] if forced else list(backends.BACKENDS.values())
     refused = tuple((b.name, b.reason(problem)) for b in candidates if b.reason(problem))

@@ -54,7 +54,7 @@ def _load() -> tuple[Path, str, ctypes.CDLL | None]:
         return path, f"{reason}; reinstall fif_ops to build it for this torch", None
 
 
-_PATH, _ERROR, _LIBRARY = _load()
+_PATH, ERROR, _LIBRARY = _load()
 LOADED = _LIBRARY is not None
 
 
@@ -69,6 +69,8 @@ def _ask(name: str) -> str:
 # The instruction set in use (or, with a bad FIF_OPS_CPU_ISA, what is wrong with it) and those that would run here.
 CPU_ISA = _ask("fif_ops_cpu_isa")
 CPU_ISAS = _ask("fif_ops_cpu_isas").split()
+# The GPU architectures that the library was built for.
+CUDA_ARCHS: list[str] = _built_for().get("cuda_archs", []) if LOADED else []
 
 
 def library_info() -> dict[str, Any]:
@@ -76,7 +78,7 @@ def library_info() -> dict[str, Any]:
     return {
         "path": str(_PATH),
         "loaded": LOADED,
-        "error": _ERROR,
+        "error": ERROR,
         "built_for": _built_for(),
         "cpu_isa": CPU_ISA,
         "cpu_isas": CPU_ISAS,

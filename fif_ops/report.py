@@ -19,10 +19,12 @@ T = TypeVar("T")
 
 MIB = 2**20
 
-# Same weights, same images: limits relative to the largest logit and to the gradients' norm. Two layouts of the plain
-# composition itself differ by about 3e-7 and 1e-3 here, since batch statistics of small maps are ill-conditioned.
-LOGIT_LIMIT, GRADIENT_LIMIT = 1e-4, 1e-2
-REDUCED_LOGIT_LIMIT, REDUCED_GRADIENT_LIMIT = 1e-1, 5e-1
+# Same weights, same images: the largest difference of logits, relative to the largest logit.
+LOGIT_LIMIT, REDUCED_LOGIT_LIMIT = 1e-4, 1e-1
+# The gradient may be off by so many times the reference's own error, and by GRADIENT_FLOOR in any case: batch statistics
+# of small maps are ill-conditioned, and one activation that rounds to the other side of zero costs the reference, too,
+# up to a few percent.
+GRADIENT_FACTOR, GRADIENT_FLOOR = 3.0, 0.05
 ACCURACY_LIMIT = 0.02
 
 
@@ -63,7 +65,7 @@ class Result:
         """What contradicts a drop-in pair, in words; empty if nothing does. A figure that is not a number does."""
         seen = self.agreement
         logit_limit = REDUCED_LOGIT_LIMIT if self.reduced_precision else LOGIT_LIMIT
-        gradient_limit = REDUCED_GRADIENT_LIMIT if self.reduced_precision else GRADIENT_LIMIT
+        gradient_limit = max(GRADIENT_FACTOR * seen.reference_gradient_error, GRADIENT_FLOOR)
         gap = abs(self.test_accuracy.fused[-1] - self.test_accuracy.reference[-1])
         problems = []
         if not seen.relative_logit_difference <= logit_limit:
@@ -71,10 +73,10 @@ class Result:
                 f"with equal weights the logits differ by up to {seen.logit_difference:.2g}, "
                 f"{seen.relative_logit_difference:.2g} of the largest (limit {logit_limit:g})"
             )
-        if not seen.gradient_difference <= gradient_limit:
+        if not seen.fused_gradient_error <= gradient_limit:
             problems.append(
-                f"with equal weights the gradients differ by {seen.gradient_difference:.2g} of their norm "
-                f"(limit {gradient_limit:g})"
+                f"with equal weights the fused gradients are off by {seen.fused_gradient_error:.2g} of their norm "
+                f"(limit {gradient_limit:.2g})"
             )
         if not gap <= self.accuracy_limit:
             problems.append(f"accuracies are {100 * gap:.1f} points apart (limit {100 * self.accuracy_limit:.1f})")
@@ -140,7 +142,8 @@ def _table(result: Result) -> Table:
     table.add_row("the fused network's weights in both:")
     table.add_row("  largest logit", f"{seen.logit_scale:.2f}", "", f"differs by {seen.logit_difference:.1e}")
     table.add_row("  predictions", "", "", f"{seen.same_predictions} of {result.test_images} equal")
-    table.add_row("  gradient, relative", "", "", f"differs by {seen.gradient_difference:.1e}")
+    errors = (seen.reference_gradient_error, seen.fused_gradient_error)
+    table.add_row("  error of gradients", *(f"{error:.1e}" for error in errors), "against float64")
     table.add_section()
     table.add_row(f"training step, batch {result.batch_size}, ms", *_times(result.step_ms))
     for count, pair in result.latency_ms.items():

@@ -65,7 +65,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         with self.numerics.autocast():
             logits = self.model(images)
-        loss = F.cross_entropy(logits.float(), labels)
+        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
         loss.backward()
         return loss.detach()
 
@@ -117,7 +117,8 @@ class Agreement:
     logit_difference: float  # largest absolute
     logit_scale: float  # largest absolute logit of the reference
     same_predictions: int
-    gradient_difference: float  # relative L2 over all parameters, one training batch
+    reference_gradient_error: float  # relative L2 to the float64 gradient of all parameters, one training batch
+    fused_gradient_error: float
 
     @property
     def relative_logit_difference(self) -> float:
@@ -133,17 +134,19 @@ def compare(
     """
     ours, _ = predict(fused.model, tests, fused.numerics)
     theirs, _ = predict(reference.model, tests, reference.numerics)
-    gradients = []
-    for run in (fused, reference):
-        run.backward(run.numerics.place(batch[0]), batch[1])
-        gradients.append(torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None]))
-    gap = torch.linalg.vector_norm(gradients[0] - gradients[1]) / torch.linalg.vector_norm(gradients[1])
-    return Agreement(
-        logit_difference=(ours - theirs).abs().max().item(),
-        logit_scale=theirs.abs().max().item(),
-        same_predictions=int((ours.argmax(1) == theirs.argmax(1)).sum()),
-        gradient_difference=gap.item(),
+    exact = Run.start(deepcopy(reference.model).double(), 1, 0.0, Numerics())
+    truth = _gradient(exact, batch[0].double(), batch[1])
+    errors = (
+        (torch.linalg.vector_norm(_gradient(run, *batch) - truth) / torch.linalg.vector_norm(truth)).item()
+        for run in (reference, fused)
     )
+    difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    return Agreement(difference, scale, int((ours.argmax(1) == theirs.argmax(1)).sum()), *errors)
+
+
+def _gradient(run: Run, images: Tensor, labels: Tensor) -> Tensor:
+    run.backward(run.numerics.place(images), labels)
+    return torch.cat([p.grad.double().flatten() for p in run.model.parameters() if p.grad is not None])
 
 
 def interleaved_milliseconds(

@@ -28,13 +28,11 @@ class Problem(NamedTuple):
     stride: int
     padding: int
     groups: int
-
-
-_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    trains: bool  # gradients or batch statistics are wanted
 
 
 class Backend:
-    """A way to run units; ``reason`` says why this machine, or this problem, rules it out ("" if it does not)."""
+    """A way to run units; reasons say why this machine, or this problem, rules it out ("" if it does not)."""
 
     name: str
 
@@ -58,23 +56,21 @@ class _Reference(Backend):
     name = "reference"
 
 
-class _Cpu(Backend):
-    name = "cpu"
+class _Kernels(Backend):
+    """The binary kernels of one kind of device."""
 
-    def unavailable(self) -> str:
-        if not ops.LOADED:
-            return ops.library_info()["error"]
-        isa, isas = ops.CPU_ISA, ops.CPU_ISAS
-        return "" if isa in isas else isa
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    cheap_sizes: tuple[int, ...]
 
     def reason(self, problem: Problem) -> str:
-        x, primary, cheap, stride, padding, groups = problem
-        if not ops.LOADED or ops.CPU_ISA not in ops.CPU_ISAS:
+        x, primary, cheap, stride, padding, groups, _ = problem
+        if x.device.type != self.device:
+            return f"x is on {x.device}, not on {self.device}"
+        if self.unavailable():
             return self.unavailable()
-        if x.device.type != "cpu":
-            return f"x is on {x.device}, not on the CPU"
-        if x.dtype not in _CPU_DTYPES:
-            return f"x is {x.dtype}; the kernels take float32, bfloat16, float16 and float64"
+        if x.dtype not in self.dtypes:
+            return f"x is {x.dtype}, not one of {', '.join(str(dtype) for dtype in self.dtypes)}"
         if primary.shape[2] != 1 or primary.shape[3] != 1 or padding != 0:
             return f"the primary kernel is {primary.shape[2]}x{primary.shape[3]}, padding {padding}, not 1x1 without"
         if stride != 1:
@@ -83,14 +79,42 @@ class _Cpu(Backend):
             return f"the primary convolution has {groups} groups, not 1"
         if cheap.shape[1] != 1:
             return f"a cheap kernel reads {cheap.shape[1]} primary maps, not 1"
-        if cheap.shape[2] not in (1, 3, 5, 7):
-            return f"the cheap kernel is {cheap.shape[2]}x{cheap.shape[3]}, not 1x1, 3x3, 5x5 or 7x7"
-        if x.numel() == 0:
-            return "x is empty"
-        return ""
+        if cheap.shape[2] not in self.cheap_sizes:
+            return f"the cheap kernel size is {cheap.shape[2]}, not one of {', '.join(map(str, self.cheap_sizes))}"
+        return "x is empty" if x.numel() == 0 else ""
 
 
-_ORDER: tuple[Backend, ...] = (_Cpu(), _Reference())
+class _Cpu(_Kernels):
+    name = device = "cpu"
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    cheap_sizes = (1, 3, 5, 7)
+
+    def unavailable(self) -> str:
+        if not ops.LOADED:
+            return ops.ERROR
+        return "" if ops.CPU_ISA in ops.CPU_ISAS else ops.CPU_ISA
+
+
+class _Cuda(_Kernels):
+    name = device = "cuda"
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    cheap_sizes = (3, 5)
+
+    def unavailable(self) -> str:
+        if not ops.LOADED:
+            return ops.ERROR
+        if not ops.CUDA_ARCHS:
+            return "the library was built without nvcc"
+        return "" if torch.cuda.is_available() else "torch finds no NVIDIA GPU"
+
+    def reason(self, problem: Problem) -> str:
+        reason = super().reason(problem)
+        if not reason and problem.trains:
+            return "the kernels for GPUs do inference only: no gradients, no batch statistics"
+        return reason
+
+
+_ORDER: tuple[Backend, ...] = (_Cuda(), _Cpu(), _Reference())
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ORDER}
 REFERENCE = BACKENDS["reference"]
 

@@ -1,0 +1,109 @@
+#include "operators.h"
+
+namespace fif {
+namespace {
+
+Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::Double: return Dtype::f64;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: STD_TORCH_CHECK(false, "x must be float32, float64, bfloat16 or float16");
+  }
+}
+
+// torch's own rule for the results of convolutions; fif_ops.reference.memory_format_of is its twin.
+bool is_channels_last(const Tensor& x) {
+  if (x.stride(1) == 0) return false;
+  int64_t smallest = 0;
+  for (int dim : {1, 3, 2, 0}) {
+    if (x.size(dim) == 0 || x.stride(dim) < smallest || (dim == 0 && smallest == x.stride(1))) return false;
+    smallest = x.stride(dim) * x.size(dim);
+  }
+  return true;
+}
+
+int64_t step_of(const Tensor& x, bool channels_last) {
+  if (!channels_last) return x.stride(1);
+  return x.size(3) > 1 ? x.stride(3) : x.size(2) > 1 ? x.stride(2) : x.size(1);
+}
+
+}  // namespace
+
+ScalarType compute_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor regular(const Tensor& x, bool channels_last) {
+  const int64_t height = x.size(2), width = x.size(3);
+  if (channels_last) {
+    const bool rows = height == 1 || width == 1 || x.stride(2) == width * x.stride(3);
+    if ((x.size(1) == 1 || x.stride(1) == 1) && rows) return x;
+    return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  }
+  if ((width == 1 || x.stride(3) == 1) && (height == 1 || x.stride(2) == width)) return x;
+  return torch::stable::contiguous(x);
+}
+
+Input input(const Tensor& x, bool channels_last) {
+  return {x.const_data_ptr(), x.stride(0), step_of(x, channels_last)};
+}
+Output output(const Tensor& x, bool channels_last) {
+  return {x.mutable_data_ptr(), x.stride(0), step_of(x, channels_last)};
+}
+
+Tensor new_map(const Tensor& like, int64_t channels, bool channels_last) {
+  const int64_t size[] = {like.size(0), channels, like.size(2), like.size(3)};
+  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+Tensor new_tensor(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
+  return torch::stable::empty(size, dtype, std::nullopt, like.device());
+}
+
+void check_like(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index(), name,
+                  " must be on x's device");
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have x's dtype");
+}
+
+Problem problem_of(const Tensor& x, const Tensor& primary_weight, const Tensor& cheap_weight, int64_t out_channels,
+                   int64_t activation, bool splice) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions (B, C, H, W), got ", x.dim());
+  check_like(primary_weight, x, "primary_weight");
+  check_like(cheap_weight, x, "cheap_weight");
+  const Tensor &w1 = primary_weight, &w2 = cheap_weight;
+  STD_TORCH_CHECK(w1.dim() == 4 && w1.size(0) > 0 && w1.size(1) == x.size(1) && w1.size(2) == 1 && w1.size(3) == 1,
+                  "primary_weight must be (M, ", x.size(1), ", 1, 1)");
+  const int64_t maps = w1.size(0);
+  STD_TORCH_CHECK(
+      w2.dim() == 4 && w2.size(0) > 0 && w2.size(0) % maps == 0 && w2.size(1) == 1 && w2.size(2) == w2.size(3),
+      "cheap_weight must be (S * ", maps, ", 1, d, d)");
+  const int64_t kernel = w2.size(2);
+  STD_TORCH_CHECK(kernel == 1 || kernel == 3 || kernel == 5 || kernel == 7,
+                  "cheap_weight's d must be 1, 3, 5 or 7, got ", kernel);
+  STD_TORCH_CHECK(0 <= activation && activation <= static_cast<int>(Activation::gelu),
+                  "activation must be a code from 0 to 5");
+  STD_TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, "x must have channels and pixels");
+  STD_TORCH_CHECK(x.size(2) < (1 << 30) && x.size(3) < (1 << 30), "x's height and width must be below 2^30");
+  Problem p{.batch = x.size(0),
+            .in_channels = x.size(1),
+            .height = x.size(2),
+            .width = x.size(3),
+            .primary = maps,
+            .multiplier = w2.size(0) / maps,
+            .out_channels = out_channels,
+            .kernel = static_cast<int>(kernel),
+            .activation = static_cast<Activation>(activation),
+            .splice = splice,
+            .channels_last = is_channels_last(x),
+            .dtype = dtype_of(x)};
+  STD_TORCH_CHECK(p.kept_primary() <= out_channels && 0 < out_channels && out_channels <= p.kept_primary() + p.cheap(),
+                  "out_channels is ", out_channels, ": must be from ", splice ? p.primary : 1, " to ",
+                  p.kept_primary() + p.cheap());
+  return p;
+}
+
+}  // namespace fif
