@@ -106,7 +106,7 @@ def _compiler_unavailable() -> str:
     return "" if header.is_file() else f"no {header}, which torch.compile needs"
 
 
-def _both_layouts(family: str, make: Callable[[Task, bool], Step], **options: Any) -> list[Peer]:
+def _both_layouts(family: str, make: Callable[..., Step], **options: Any) -> list[Peer]:
     return [
         Peer(f"{family} {name}", family, last, functools.partial(make, channels_last=last), **options)
         for name, last in (("nchw", False), ("nhwc", True))

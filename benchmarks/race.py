@@ -37,7 +37,7 @@ class Race:
         for peer in self.peers:
             self.steps[peer.name] = peer.make(task)
             with self._mode():
-                self.errors[peer.name] = truth.check(peer.name, self.steps[peer.name]())
+                self.errors[peer.name] = truth.check(peer.name, peer.channels_last, self.steps[peer.name]())
 
     def time(self, pace: timing.Pace, floor: bool = False) -> None:
         """Measures; with ``floor``, again where fused is not ahead of eager, ATTEMPTS times in all."""

@@ -1,6 +1,6 @@
 """Turns a JSON file of ``pytest benchmarks --benchmark-json=FILE`` into tables of ratios and a plot.
 
-    python -m benchmarks.report FILE.json [--plot FILE.png]
+Run it as ``python -m benchmarks.report FILE.json [--plot FILE.png]``.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -27,14 +28,23 @@ TITLES = {
 }
 COLOURS = ("#8da2b8", "#0f766e", "#7c3aed", "#b45309", "#be185d", "#4d7c0f", "#1d4ed8", "#57534e")
 INK = "#1f2937"
+TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
 class Column(NamedTuple):
-    """A ratio that tables show: the time of rivals over that of the fused unit, each the best of those admitted."""
+    """A ratio that tables show: the best time of a family, or of all rivals, over that of the fused unit.
+
+    ``channels_last`` admits that layout, or the other one, alone on both sides; None takes the better layout of each.
+    """
 
     title: str
-    rivals: Callable[[dict], bool]
-    ours: Callable[[dict], bool]
+    family: str | None = None
+    channels_last: bool | None = None
+
+    def best(self, peers: Iterable[dict]) -> float | None:
+        """Seconds of the fastest among those of the layout."""
+        admitted = (p for p in peers if self.channels_last in (None, p["channels_last"]))
+        return min((p["median"] for p in admitted), default=None)
 
 
 class Row(NamedTuple):
@@ -45,21 +55,17 @@ class Row(NamedTuple):
     ratios: list[float | None]
 
 
-def _anything(_peer: dict) -> bool:
-    return True
-
-
 def columns(records: Sequence[dict]) -> list[Column]:
     """One column for each family of rivals, then all rivals together: in any layout, and layout by layout."""
     families = dict.fromkeys(
         peer["family"] for record in records for peer in record["peers"].values() if peer["family"] != "fused"
     )
-    result = [Column(f"vs {family}", lambda p, f=family: p["family"] == f, _anything) for family in families]
-    result.append(Column("vs best", _anything, _anything))
-    for title, last in (("nchw vs best nchw", False), ("nhwc vs best nhwc", True)):
-        same_layout = lambda p, last=last: p["channels_last"] == last  # noqa: E731
-        result.append(Column(title, same_layout, same_layout))
-    return result
+    return [
+        *(Column(f"vs {family}", family) for family in families),
+        Column("vs best"),
+        Column("nchw vs best nchw", channels_last=False),
+        Column("nhwc vs best nhwc", channels_last=True),
+    ]
 
 
 def row(record: dict, wanted: Sequence[Column]) -> Row:
@@ -69,8 +75,8 @@ def row(record: dict, wanted: Sequence[Column]) -> Row:
     rivals = [peer for peer in peers if peer["family"] != "fused"]
     ratios: list[float | None] = []
     for column in wanted:
-        theirs = min((p["median"] for p in rivals if column.rivals(p)), default=None)
-        ours = min((p["median"] for p in fused if column.ours(p)), default=None)
+        theirs = column.best(p for p in rivals if column.family in (None, p["family"]))
+        ours = column.best(fused)
         ratios.append(None if theirs is None or ours is None else theirs / ours)
     return Row(record["task"], min(p["median"] for p in fused), ratios)
 
@@ -101,7 +107,9 @@ def show(console: Console, suites: dict[str, list[dict]], machine: dict[str, Any
     console.print(describe(machine), highlight=False)
     for suite, records in suites.items():
         console.print(_table(TITLES.get(suite, suite), records))
-    console.print("Ratios: time of the rival over that of the fused unit, medians taken in turns, better layout of each.")
+    console.print(
+        "Ratios: median time of the rival over that of the fused unit, taken in turns, better layout of each."
+    )
     if machine.get("quick"):
         console.print("[yellow]Measured with --quick: too short to quote.[/]")
     records = [record for records in suites.values() for record in records]
@@ -155,7 +163,7 @@ def plot(path: Path, suites: dict[str, list[dict]], machine: dict[str, Any]) -> 
     heights = [len(records) + 2.5 for records in suites.values()]
     figure = Figure(figsize=(10, 0.32 * sum(heights) + 1.2), dpi=110, layout="constrained", facecolor="white")
     figure.suptitle("Speed-up of the fused unit", fontsize=14, fontweight="bold", color=INK)
-    panels = figure.subplots(len(suites), 1, squeeze=False, height_ratios=heights)[:, 0]
+    panels = figure.subplots(len(suites), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (suite, records) in zip(panels, suites.items(), strict=True):
         _draw(axes, TITLES.get(suite, suite), records)
     note = " (--quick: too short to quote)" if machine.get("quick") else ""
@@ -164,18 +172,21 @@ def plot(path: Path, suites: dict[str, list[dict]], machine: dict[str, Any]) -> 
 
 
 def _draw(axes: Axes, title: str, records: Sequence[dict]) -> None:
-    families = [column for column in columns(records) if column.title.startswith("vs ") and column.title != "vs best"]
+    families = [column for column in columns(records) if column.family]
     rows = [row(record, families) for record in records]
     places = range(len(rows))
     for index, column in enumerate(families):
-        points = [(line.ratios[index], place) for place, line in enumerate(rows) if line.ratios[index] is not None]
+        points = [(ratio, place) for place, line in enumerate(rows) if (ratio := line.ratios[index]) is not None]
         mean = geometric_mean([ratio for ratio, _ in points])
         colour = COLOURS[index % len(COLOURS)]
-        label = f"{column.title.removeprefix('vs ')} (geometric mean {mean:.2f})"
+        label = f"{column.family} (geometric mean {mean:.2f})"
         axes.plot(*zip(*points, strict=True), "o", color=colour, markersize=7, label=label)
     axes.axvline(1, color="#b91c1c", linewidth=1.2)
-    axes.set_xscale("log", base=2)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(TICKS))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.tick_params(labelbottom=True)
     axes.set_yticks(places, [f"{line.task}   {_time(line.seconds)}" for line in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_title(title, loc="left", fontsize=11, color=INK)

@@ -1,7 +1,5 @@
 """HWNet 1.0 as a whole: classify one photograph, and train on a batch of small images."""
 
-import pytest
-
 from .shapes import network_task
 
 
@@ -9,6 +7,6 @@ def test_inference(compare):
     compare("network", network_task(in_size=224, batch=1))
 
 
-def test_training(compare, pytestconfig: pytest.Config):
+def test_training(compare, pytestconfig):
     batch = 16 if pytestconfig.getoption("--quick") else 128
     compare("network", network_task(in_size=32, batch=batch, training=True))

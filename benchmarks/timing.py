@@ -7,7 +7,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import repeat
-from statistics import median, quantiles
+from statistics import quantiles
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -62,12 +62,9 @@ def pinned() -> Iterator[None]:
 
 def interleaved(actions: Mapping[str, Callable[[], Any]], pace: Pace) -> dict[str, Timing]:
     """Times every action in rounds A B C, A B C, ... after a warm-up of each."""
-    repeats, expected = {}, 0.0
-    for name, action in actions.items():
-        seconds = _warm_up(action)
-        repeats[name] = max(1, round(MIN_SAMPLE / seconds + 0.5))
-        expected += seconds * repeats[name]
-    rounds = min(max(pace.least_rounds, int(pace.seconds / expected)), MAX_ROUNDS)
+    repeats = {name: _warm_up(action) for name, action in actions.items()}
+    round_seconds = sum(_sample(action, repeats[name]) * repeats[name] for name, action in actions.items())
+    rounds = min(max(pace.least_rounds, int(pace.seconds / round_seconds)), MAX_ROUNDS)
     samples: dict[str, list[float]] = {name: [] for name in actions}
     with _no_garbage_collection():
         for _ in range(rounds):
@@ -76,12 +73,15 @@ def interleaved(actions: Mapping[str, Callable[[], Any]], pace: Pace) -> dict[st
     return {name: _summary(samples[name], repeats[name]) for name in actions}
 
 
-def _warm_up(action: Callable[[], Any]) -> float:
-    """Seconds of a call once it has run for a while."""
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < WARM_UP:
-        times.append(_sample(action, 1))
-    return median(times)
+def _warm_up(action: Callable[[], Any]) -> int:
+    """Runs the action for a while; returns how many calls make a sample of MIN_SAMPLE or more."""
+    start, calls, repeats = perf_counter(), 0, 1
+    while calls < 3 or perf_counter() - start < WARM_UP:
+        seconds = _sample(action, repeats) * repeats
+        calls += repeats
+        if seconds < MIN_SAMPLE:
+            repeats *= 2
+    return repeats
 
 
 def _sample(action: Callable[[], Any], repeats: int) -> float:

@@ -74,6 +74,11 @@ class UnitBackward {
   struct Sums {
     Total<A, Planar> plain, centred;
     Vec<A> alpha{}, beta{};
+    void add(PairSum<A>& image) {
+      image.finish();
+      plain.add(image.first);
+      centred.add(image.second);
+    }
     void finish(const UnitBackward& u, const Norm<A>& norm, bool batch, void* grad_affine, int64_t channels,
                 int64_t stride, int64_t offset) {
       A* grad_weight = static_cast<A*>(grad_affine);
@@ -103,14 +108,12 @@ class UnitBackward {
     for (int64_t n = 0; n < p.batch; ++n) {
       recompute(n, taps, norm, s);
       const A *value = slot(z, n), *g = slot(grad_z, n);
-      Vec<A> plain{}, centred{};
+      PairSum<A> sum;
       unit.each([&](int64_t at, int64_t, Mask m) {
         const Vec<A> v = load(g + at);
-        plain += v;
-        centred += keep_lanes(v * (load(value + at) - norm.mean), m);
+        sum.add(v, keep_lanes(v * (load(value + at) - norm.mean), m));
       });
-      sums.plain.add(plain);
-      sums.centred.add(centred);
+      sums.add(sum);
     }
     sums.finish(*this, norm, a.cheap_batch, a.grad_cheap_affine, p.cheap(), p.multiplier, s);
     for (int64_t n = 0; n < p.batch; ++n) {
@@ -152,21 +155,18 @@ class UnitBackward {
     const auto raw = raw_plane(n);
     const Plane<A, Planar> out(unit, grad_raw, n, unit.channel, 1, p.primary);
     const Plane<const T, Planar> grad(unit, a.grad, n, unit.channel, 1, p.kept_primary());
-    Vec<A> plain{}, centred{};
+    PairSum<A> sum;
     unit.each([&](int64_t at, int64_t i, Mask m) {
       Vec<A> g = load(grad_y + at);
       if (s > 0) g += out.load(i);
       if (last) {
         const Vec<A> value = raw.load(i);
         g = through_activation(g + grad.load(i), value, primary_norm, m);
-        plain += g;
-        centred += keep_lanes(g * (value - primary_norm.mean), m);
+        sum.add(g, keep_lanes(g * (value - primary_norm.mean), m));
       }
       out.store(i, g);
     });
-    if (!last) return;
-    sums.plain.add(plain);
-    sums.centred.add(centred);
+    if (last) sums.add(sum);
   }
 };
 

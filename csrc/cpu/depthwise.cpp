@@ -26,7 +26,7 @@ void plane_forward(const Problem& p, const A* in, A* out, const Vec<A>* taps, bo
   }
 }
 
-// One row of taps at a time, K sums in registers.
+// One row of taps at a time, K sums in registers. Sums of parts meet in `sums`: long ones lose more to rounding.
 template <class A, int K>
 void planar_weight_gradient(const Problem& p, const A* gradient, const A* in, Vec<A>* sums) {
   constexpr int L = kLanes<A>, P = K / 2;
@@ -55,8 +55,8 @@ void channels_weight_gradient(const Problem& p, const A* gradient, const A* in, 
   constexpr int L = kLanes<A>, P = K / 2;
   const int height = static_cast<int>(p.height), width = static_cast<int>(p.width);
   for (int dy = 0; dy < K; ++dy) {
-    Vec<A> acc[K] = {};
     for (int r = max_of(0, P - dy); r < min_of(height, height + P - dy); ++r) {
+      Vec<A> acc[K] = {};
       const A* g = gradient + (int64_t)r * width * L;
       const A* row = in + (int64_t)(r + dy - P) * width * L;
       for (int c = 0; c < width; ++c) {
@@ -66,8 +66,8 @@ void channels_weight_gradient(const Problem& p, const A* gradient, const A* in, 
           if (from >= 0 && from < width) acc[dx] += gv * load(row + (int64_t)from * L);
         }
       }
+      FIF_UNROLL for (int dx = 0; dx < K; ++dx) sums[dy * K + dx] += acc[dx];
     }
-    FIF_UNROLL for (int dx = 0; dx < K; ++dx) sums[dy * K + dx] += acc[dx];
   }
 }
 

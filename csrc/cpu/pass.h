@@ -228,6 +228,29 @@ struct Plane {
   }
 };
 
+// Two sums that run together, in two levels: what a long sum loses to rounding grows with the number of its terms, so
+// sixty-four at a time are summed before they meet the rest.
+template <class A>
+class PairSum {
+ public:
+  Vec<A> first{}, second{};  // complete after finish()
+  FIF_INLINE void add(Vec<A> a, Vec<A> b) {
+    low_first_ += a;
+    low_second_ += b;
+    if (++count_ == 64) finish();
+  }
+  FIF_INLINE void finish() {
+    first += low_first_;
+    second += low_second_;
+    low_first_ = low_second_ = Vec<A>{};
+    count_ = 0;
+  }
+
+ private:
+  Vec<A> low_first_{}, low_second_{};
+  int count_ = 0;
+};
+
 // Sums of vectors: within an image in the compute type, over images in f64, lane by lane.
 template <class A, bool Planar>
 class Total {

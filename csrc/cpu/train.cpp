@@ -86,20 +86,21 @@ class Statistics {
   template <class Value>
   void add(Value value) {
     if (images_++ == 0) {
-      Vec<A> sum{};
-      unit_.each([&](int64_t, int64_t i, Mask m) { sum += keep_lanes(value(i), m); });
+      PairSum<A> sum;
+      unit_.each([&](int64_t, int64_t i, Mask m) { sum.add(keep_lanes(value(i), m), Vec<A>{}); });
+      sum.finish();
       Total<A, Planar> first;
-      first.add(sum);
+      first.add(sum.first);
       centre_ = first.over(static_cast<double>(unit_.p.pixels()));
     }
-    Vec<A> sum{}, square{};
+    PairSum<A> sum;
     unit_.each([&](int64_t, int64_t i, Mask m) {
       const Vec<A> d = keep_lanes(value(i) - centre_, m);
-      sum += d;
-      square += d * d;
+      sum.add(d, d * d);
     });
-    sums_.add(sum);
-    squares_.add(square);
+    sum.finish();
+    sums_.add(sum.first);
+    squares_.add(sum.second);
   }
 
   void finish(double eps, A* variance, int64_t stride, int64_t offset) {

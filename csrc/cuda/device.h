@@ -21,15 +21,15 @@
 // Declares `unsigned char name[]`, the dynamic shared memory; give it to a SharedArena.
 #define FIF_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 // Declares a static shared object: FIF_STATIC_SHARED(sums, float[4][32]);
-#define FIF_STATIC_SHARED(name, ...) __shared__ ::fif::gpu::Same<__VA_ARGS__> name
+#define FIF_STATIC_SHARED(name, ...) __shared__::fif::gpu::Same<__VA_ARGS__> name
 #else
 #define FIF_UNROLL _Pragma("GCC unroll 16")
 #define FIF_SHARED(name) unsigned char* const name = ::cusim::dynamic_shared()
 #define FIF_STATIC_SHARED(name, ...) auto& name = ::cusim::static_shared<__VA_ARGS__>([] {})
 #endif
 
-// FIF_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...): launches and returns a cudaError_t. A kernel with
-// a comma in its template arguments goes in parentheses.
+// FIF_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...): launches and returns a cudaError_t. A kernel
+// with a comma in its template arguments goes in parentheses.
 #define FIF_LAUNCH(kernel, ...) ::fif::gpu::launch(#kernel, kernel, __VA_ARGS__)
 
 namespace fif::gpu {
@@ -41,8 +41,8 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kDefaultSharedLimit = 48 << 10;  // bytes of dynamic shared memory that need no opt-in
 
 template <class... Parameters, class... Arguments>
-[[nodiscard]] cudaError_t launch([[maybe_unused]] const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                                 size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+[[nodiscard]] cudaError_t launch([[maybe_unused]] const char* name, void (*kernel)(Parameters...), dim3 grid,
+                                 dim3 block, size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
   static_assert((sizeof(Parameters) + ... + 0) <= 4096 - 8 * sizeof...(Parameters), "over the limit of all GPUs");
   if (shared_bytes > kDefaultSharedLimit) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -60,8 +60,6 @@ template <class... Parameters, class... Arguments>
 #endif
   return cudaGetLastError();
 }
-
-// ---- Carving dynamic shared memory -------------------------------------------------------------------------------
 
 // Offsets of arrays in dynamic shared memory. The host sizes a launch with the same calls that the kernel's SharedArena
 // makes.
@@ -107,8 +105,6 @@ class SharedArena {
   unsigned char* base_;
   SharedLayout layout_;
 };
-
-// ---- Conversions -------------------------------------------------------------------------------------------------
 
 FIF_DEVICE float to_float(float v) { return v; }
 FIF_DEVICE float to_float(__half v) { return __half2float(v); }
@@ -169,8 +165,6 @@ FIF_DEVICE uint32_t to_tf32(float v) {
 #endif
 }
 
-// ---- Vector accesses ---------------------------------------------------------------------------------------------
-
 // N elements that move in one access of N * sizeof(T) = 2, 4, 8 or 16 bytes, aligned to that.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vec {
@@ -185,13 +179,21 @@ struct alignas(sizeof(T) * N) Vec {
 template <int Bytes>
 struct WordOf;
 template <>
-struct WordOf<16> { using type = uint4; };
+struct WordOf<16> {
+  using type = uint4;
+};
 template <>
-struct WordOf<8> { using type = uint2; };
+struct WordOf<8> {
+  using type = uint2;
+};
 template <>
-struct WordOf<4> { using type = unsigned; };
+struct WordOf<4> {
+  using type = unsigned;
+};
 template <>
-struct WordOf<2> { using type = unsigned short; };
+struct WordOf<2> {
+  using type = unsigned short;
+};
 template <class V>
 using Word = typename WordOf<sizeof(V)>::type;
 #endif
@@ -255,8 +257,6 @@ FIF_DEVICE T load_const(const T* p) {
   return vec_load_const<1>(p)[0];
 }
 
-// ---- Asynchronous copies, global to shared -----------------------------------------------------------------------
-
 #if defined(__CUDACC__)
 FIF_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 #endif
@@ -306,7 +306,7 @@ FIF_DEVICE void cp_async_wait() {
 #endif
 }
 
-// ---- Tensor cores; all 32 lanes take part ------------------------------------------------------------------------
+// Tensor cores. All 32 lanes take part.
 //
 // g = lane / 4, t = lane % 4. Accumulators of every shape: d[0..3] = D[g][2t], D[g][2t+1], D[g+8][2t], D[g+8][2t+1].
 
@@ -366,10 +366,9 @@ FIF_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
 #if defined(__CUDACC__)
   if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
@@ -392,8 +391,6 @@ FIF_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
   ::cusim::multiply_tf32(d, a, b);
 #endif
 }
-
-// ---- Warps -------------------------------------------------------------------------------------------------------
 
 FIF_DEVICE int lane_id() { return int(threadIdx.x) & 31; }
 FIF_DEVICE int warp_id() { return int(threadIdx.x) >> 5; }
