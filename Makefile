@@ -1,5 +1,6 @@
 # `make demo` and `make test` set everything up by themselves, the first time in some minutes; `make help` lists the rest.
-# Variables: PYTHON (the interpreter of the virtual environment), CXX, MAX_JOBS, ARGS (handed to the program that is run).
+# Variables: PYTHON (the interpreter of the virtual environment), CXX, MAX_JOBS, FIF_OPS_CUDA_ARCHS, ARGS (handed to the
+# program that is run).
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,6 +11,9 @@ READY := $(VENV)/.ready
 LINTERS := $(VENV)/.linters
 LIBRARY := fif_ops/_C.so
 SANITIZED := build/sanitize/_C.so
+
+# Builds for this machine: the architectures of its GPUs, or one, so that the kernels are compiled and checked at all.
+export FIF_OPS_CUDA_ARCHS ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u),90)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench sanitize lint format wheel clean distclean compiler
@@ -40,6 +44,7 @@ format: $(LINTERS)  ## ruff, clang-format: repair
 	$(PY) -m ruff format
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs -r $(VENV)/bin/clang-format -i
 
+wheel: export FIF_OPS_CUDA_ARCHS =
 wheel: $(READY)  ## dist/fif_ops-*.whl, for every Python and every torch from 2.10 on
 	$(PY) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
