@@ -41,7 +41,11 @@ class Parameters {
     if (!t) return nullptr;
     STD_TORCH_CHECK(t->is_cpu(), name, " must be on x's device");
     STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, name, " must have ", channels, " values");
-    Tensor dense = t->scalar_type() == type_ ? *t : torch::stable::to(*t, type_);
+    const ScalarType given = t->scalar_type();
+    STD_TORCH_CHECK(given == ScalarType::Float || given == ScalarType::Double || given == ScalarType::BFloat16 ||
+                        given == ScalarType::Half,
+                    name, " must be float32, float64, bfloat16 or float16");
+    Tensor dense = given == type_ ? *t : torch::stable::to(*t, type_);
     dense = torch::stable::contiguous(dense);
     kept_.push_back(dense);
     return dense.const_data_ptr();
@@ -93,15 +97,15 @@ Affine affine(Parameters& parameters, const NormArgs& n, int64_t channels, bool 
   const void* conv_bias = parameters.get(n.conv_bias, channels, (name + "_bias").c_str());
   const void* weight = parameters.get(n.weight, channels, (name + "_norm weight").c_str());
   const void* bias = parameters.get(n.bias, channels, (name + "_norm bias").c_str());
-  if (batch) return {nullptr, nullptr, weight, bias};  // a bias before batch statistics changes nothing
   STD_TORCH_CHECK(n.mean.has_value() == n.var.has_value(), name,
                   "_norm needs both running_mean and running_var, or neither");
+  const void* mean = parameters.get(n.mean, channels, (name + "_norm running_mean").c_str());
+  const void* rstd = parameters.rstd(n.var, channels, n.eps, (name + "_norm running_var").c_str());
+  if (batch) return {nullptr, nullptr, weight, bias};  // a bias before batch statistics changes nothing
   if (!n.mean) {
     STD_TORCH_CHECK(!n.weight && !n.bias, name, "_norm without statistics must have no weight and no bias");
     return {nullptr, nullptr, nullptr, conv_bias};
   }
-  const void* mean = parameters.get(n.mean, channels, (name + "_norm running_mean").c_str());
-  const void* rstd = parameters.rstd(n.var, channels, n.eps, (name + "_norm running_var").c_str());
   return {parameters.less(mean, conv_bias, channels), rstd, weight, bias};
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -146,8 +146,8 @@ def evaluation_batches(images: Images, statistics: Statistics, batch_size: int) 
     return DataLoader(ImageBatches(images, statistics), batch_size=batch_size, collate_fn=_as_is)
 
 
-def _as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return batch
+def _as_is(batch: Any) -> Any:
+    return batch  # ImageBatches makes whole batches; there is nothing left to collate
 
 
 def digits(size: int = 32, limit: int | None = None) -> Splits:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -80,14 +80,14 @@ def execute(settings: Settings, splits: data.Splits, console: Console) -> int:
     steps = settings.epochs * len(batches)
     summary = (
         f"HWNet {settings.width:g} on {splits.name}: {len(splits.train.labels):,} training and "
-        f"{len(splits.test.labels):,} test images, {len(splits.classes)} classes, {settings.epochs} epoch{'s' * (settings.epochs > 1)}"
+        f"{len(splits.test.labels):,} test images, {len(splits.classes)} classes, epochs: {settings.epochs}"
     )
     console.print(summary, highlight=False)
     runs = {name: start_run(settings, len(splits.classes), steps, name == "fused") for name in NAMES}
     with progress_bar(console, "training both networks", steps) as advance:
         training.train(runs, batches, tests, settings.epochs, advance)
     with console.status("comparing and measuring"):
-        result = measure(settings, runs, batches, tests)
+        result = measure(settings, splits, runs, batches, tests)
         logits, _ = training.predict(runs["fused"].model, tests, runs["fused"].numerics)
     machine = info.machine()
     report.write_json(
@@ -101,7 +101,9 @@ def execute(settings: Settings, splits: data.Splits, console: Console) -> int:
             "data": describe(splits, statistics),
         },
     )
-    footnote = f"{machine['processor']}, {machine['threads']} threads, torch {torch.__version__}, fif_ops {__version__}"
+    footnote = (
+        f"{machine['processor']}, threads: {machine['threads']}, torch {torch.__version__}, fif_ops {__version__}"
+    )
     plot.save(settings.out / "demo.png", result, splits, logits.argmax(1), summary, footnote)
     report.show(console, result, settings.out)
     return 1 if result.disagreements else 0
@@ -112,18 +114,22 @@ def start_run(settings: Settings, classes: int, steps: int, fused: bool) -> trai
     torch.manual_seed(settings.seed)
     model = hwnet(settings.width, num_classes=classes, in_size=settings.size, fused=fused)
     if settings.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     numerics = training.Numerics(settings.channels_last, getattr(torch, settings.dtype))
     return training.Run.start(model, steps, settings.learning_rate, numerics)
 
 
 def measure(
-    settings: Settings, runs: Mapping[str, training.Run], batches: DataLoader, tests: DataLoader
+    settings: Settings,
+    splits: data.Splits,
+    runs: Mapping[str, training.Run],
+    batches: DataLoader,
+    tests: DataLoader,
 ) -> report.Result:
     """All figures of the trained pair, taken on copies: the networks stay as training left them."""
     images, labels = next(iter(batches))
     images = runs["fused"].numerics.place(images)
-    twin = start_run(settings, runs["fused"].model.classifier.out_features, 1, fused=False)
+    twin = start_run(settings, len(splits.classes), 1, fused=False)
     twin.model.load_state_dict(runs["fused"].model.state_dict())
     agreement = training.compare(runs["fused"].copy(), twin, tests, (images, labels))
     saved = {name: training.saved_bytes(run.copy(), images, labels) for name, run in runs.items()}
@@ -133,7 +139,7 @@ def measure(
     return report.Result(
         step_loss=report.Pair(*(runs[name].step_loss for name in NAMES)),
         test_accuracy=report.Pair(*(runs[name].test_accuracy for name in NAMES)),
-        test_images=len(tests.dataset),
+        test_images=len(splits.test.labels),
         agreement=agreement,
         reduced_precision=settings.dtype != "float32",
         paths=units_by_backend(runs["fused"].copy(), images),
@@ -158,7 +164,7 @@ def units_by_backend(run: training.Run, images: Tensor) -> dict[str, int]:
     found: Counter[str] = Counter()
 
     def look(unit: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found[explain(unit, inputs[0]).backend] += 1
+        found[explain(cast(FusedFiF, unit), inputs[0]).backend] += 1
 
     for module in run.model.modules():
         if isinstance(module, FusedFiF):

@@ -4,32 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from .data import Images, Splits
 from .report import MIB, Pair, Result, ratio, recent_mean
 
-REFERENCE, FUSED, WRONG, INK, FAINT = "#8da2b8", "#c2410c", "#b91c1c", "#1f2937", "#d1d5db"
-SHOWN, SHOWN_WRONG = 14, 4  # images in the strip, and how many of them may be wrong predictions
+REFERENCE, FUSED, WRONG = "#8da2b8", "#c2410c", "#b91c1c"
+INK, QUIET, FAINT = "#1f2937", "#6b7280", "#d1d5db"
+SHOWN, SHOWN_WRONG = 12, 4  # images in the strip, and how many of them may be wrong predictions
 
 
 def save(path: Path, result: Result, splits: Splits, predictions: Tensor, title: str, footnote: str) -> None:
     """Draws ``result`` and the fused network's ``predictions`` [N] for the test images into a PNG file."""
-    figure = Figure(figsize=(13, 9.6), dpi=110, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
-    heading, curves, bars, strip, note = figure.subfigures(5, 1, height_ratios=[0.45, 4.0, 3.1, 1.8, 0.3])
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    figure = Figure(figsize=(13, 9.6), dpi=110, layout=layout, facecolor="white")
+    rows: Any = figure.subfigures(5, 1, height_ratios=[0.45, 4.0, 3.1, 1.75, 0.5])
+    heading, curves, bars, strip, note = rows
     heading.text(0.5, 0.4, title, ha="center", va="center", fontsize=15, fontweight="bold", color=INK)
     loss_axes, accuracy_axes = curves.subplots(1, 2)
     _draw_losses(loss_axes, result)
     _draw_accuracies(accuracy_axes, result)
     _draw_bars(bars, result)
     _draw_strip(strip, splits.test, splits.classes, predictions)
-    note.text(0.5, 0.5, footnote, ha="center", va="center", fontsize=8.5, color="#6b7280")
+    seen = result.agreement
+    explanation = (
+        "Where the curves part, rounding differences have grown in the course of training. With the same weights in "
+        f"both networks, logits differ by at most {seen.logit_difference:.1e} (the largest is {seen.logit_scale:.1f})."
+    )
+    note.text(0.5, 0.5, f"{explanation}\n{footnote}", ha="center", va="center", fontsize=9, color=QUIET)
     figure.savefig(path)
 
 
@@ -56,7 +65,7 @@ def _draw_accuracies(axes: Axes, result: Result) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(axes)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="best")
 
 
 def _lines(pair: Pair[list[float]]) -> list[tuple[list[float], str, str, dict]]:
@@ -100,7 +109,7 @@ def _draw_strip(figure: SubFigure, images: Images, classes: Sequence[str], predi
         color=INK,
     )
     for axes, index in zip(figure.subplots(1, SHOWN, squeeze=False)[0], chosen, strict=False):
-        predicted, true = classes[predictions[index]], classes[images.labels[index]]
+        predicted, true = classes[int(predictions[index])], classes[int(images.labels[index])]
         axes.imshow(images.pixels[index].permute(1, 2, 0).numpy())
         label = predicted if predicted == true else f"{predicted}\n(true: {true})"
         axes.set_xlabel(label, fontsize=9, color=INK if predicted == true else WRONG)

@@ -21,9 +21,9 @@ MIB = 2**20
 
 # Same weights, same images: the largest difference of logits, relative to the largest logit.
 LOGIT_LIMIT, REDUCED_LOGIT_LIMIT = 1e-4, 1e-1
-# The gradient may be off by so many times the reference's own error, and by GRADIENT_FLOOR in any case: batch statistics
-# of small maps are ill-conditioned, and one activation that rounds to the other side of zero costs the reference, too,
-# up to a few percent.
+# The gradient may be off by so many times the reference's own error, and by GRADIENT_FLOOR in any case: batch
+# statistics of small maps are ill-conditioned, and one activation that rounds to the other side of zero can cost
+# either network a few percent.
 GRADIENT_FACTOR, GRADIENT_FLOOR = 3.0, 0.05
 ACCURACY_LIMIT = 0.02
 
@@ -139,8 +139,8 @@ def _table(result: Result) -> Table:
     )
     table.add_row("training loss, last 20 steps", *(f"{loss:.4f}" for loss in losses), f"{losses[1] - losses[0]:+.4f}")
     table.add_section()
-    table.add_row("the fused network's weights in both:")
-    table.add_row("  largest logit", f"{seen.logit_scale:.2f}", "", f"differs by {seen.logit_difference:.1e}")
+    table.add_row("with the same weights in both")
+    table.add_row("  logits, largest", f"{seen.logit_scale:.2f}", "", f"at most {seen.logit_difference:.1e} off")
     table.add_row("  predictions", "", "", f"{seen.same_predictions} of {result.test_images} equal")
     errors = (seen.reference_gradient_error, seen.fused_gradient_error)
     table.add_row("  error of gradients", *(f"{error:.1e}" for error in errors), "against float64")

@@ -49,9 +49,7 @@ class Run:
     @classmethod
     def start(cls, model: nn.Module, steps: int, learning_rate: float, numerics: Numerics) -> Run:
         """SGD with momentum, its rate falling to zero along a half cosine over ``steps`` steps."""
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
-        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
         return cls(model, optimizer, schedule, numerics)
 

@@ -38,7 +38,9 @@ def paint(folder: Path, count: int, size: tuple[int, int] = (16, 16), mode: str 
     for name, colour in COLOURS.items():
         (folder / name).mkdir(parents=True)
         for index in range(count):
-            Image.new("RGB", size, colour).convert(mode).save(folder / name / f"{index:03}.png")
+            image = Image.new("RGB", size, colour)
+            image = image.quantize() if mode == "P" else image.convert(mode)
+            image.save(folder / name / f"{index:03}.png")
 
 
 def run_demo(*arguments: str) -> tuple[int, str]:
@@ -99,7 +101,7 @@ def test_demo_on_class_folders_skips_what_is_broken(tmp_path: Path, capsys: pyte
     (tmp_path / "in" / "red" / "notes.txt").write_text("no image, and not meant to be one")
     status, text = run_demo("--data", str(tmp_path / "in"), "--out", str(tmp_path / "out"))
     assert status == 0
-    assert "17 training and 5 test images, 3 classes" in text
+    assert "18 training and 4 test images, 3 classes" in text
     warnings = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(warnings) == 1
     assert "skipped 2 unreadable images" in warnings[0]
@@ -123,13 +125,18 @@ def test_demo_in_other_numerics(options: list[str], tmp_path: Path) -> None:
     assert status == 0
 
 
-def test_data_errors_end_the_demo_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_run_ends_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     status, text = run_demo("--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"))
-    assert (status, text) == (2, "")
+    assert status == 2 and "HWNet" not in text
     assert capsys.readouterr().err.startswith(f"demo: data folder {str(tmp_path / 'nowhere')!r} does not exist")
     (tmp_path / "taken").write_text("a file where the output folder should be")
     assert run_demo("--out", str(tmp_path / "taken"))[0] == 2
     assert str(tmp_path / "taken") in capsys.readouterr().err
+    monkeypatch.setenv("FIF_OPS_BACKEND", "abacus")
+    assert run_demo("--out", str(tmp_path / "out"))[0] == 2
+    assert "FIF_OPS_BACKEND is 'abacus'" in capsys.readouterr().err
 
 
 def test_training_repeats_under_its_seed_and_starts_both_alike() -> None:
@@ -177,7 +184,9 @@ def test_class_folders_with_train_and_test(tmp_path: Path, mode: str, size: tupl
     for images in (splits.train, splits.test):
         assert images.pixels.shape == (len(images.labels), 3, 16, 16)
         for pixels, label in zip(images.pixels, images.labels.tolist(), strict=True):
-            colour = Image.new("RGB", (1, 1), list(COLOURS.values())[label]).convert(mode).convert("RGB").getpixel((0, 0))
+            colour = list(COLOURS.values())[label]
+            if mode == "L":
+                colour = (Image.new("RGB", (1, 1), colour).convert("L").getpixel((0, 0)),) * 3
             assert pixels.flatten(1).unique(dim=1).flatten().tolist() == list(colour)
 
 
@@ -212,7 +221,7 @@ def test_unusable_folders_are_refused_by_name(tmp_path: Path) -> None:
         data.class_folders(tmp_path)
     for name in ("one", "two"):
         (tmp_path / name / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    with pytest.raises(data.DataError, match="too few readable images .*: one, two"):
+    with pytest.raises(data.DataError, match=r"too few readable images .*: one, two"):
         data.class_folders(tmp_path)
 
 
@@ -286,7 +295,7 @@ def sound_result() -> report.Result:
         step_loss=report.Pair([1.0], [1.0]),
         test_accuracy=report.Pair([0.95], [0.94]),
         test_images=10_000,
-        agreement=training.Agreement(1e-5, 10.0, 10_000, 1e-4),
+        agreement=training.Agreement(1e-5, 10.0, 10_000, 1e-5, 1e-5),
         reduced_precision=False,
         paths={"cpu": 29},
         batch_size=64,
@@ -301,13 +310,14 @@ def test_verdict_rests_on_logits_gradients_and_accuracy() -> None:
     assert sound.disagreements == []
     nan = float("nan")
     for agreement, word in (
-        (training.Agreement(0.01, 10.0, 9_990, 1e-4), "logits"),
-        (training.Agreement(nan, nan, 0, 1e-4), "logits"),
-        (training.Agreement(1e-5, 10.0, 10_000, 0.1), "gradients"),
-        (training.Agreement(1e-5, 10.0, 10_000, nan), "gradients"),
+        (training.Agreement(0.01, 10.0, 9_990, 1e-5, 1e-5), "logits"),
+        (training.Agreement(nan, nan, 0, 1e-5, 1e-5), "logits"),
+        (training.Agreement(1e-5, 10.0, 10_000, 1e-5, 0.1), "gradients"),
+        (training.Agreement(1e-5, 10.0, 10_000, 1e-5, nan), "gradients"),
     ):
         (problem,) = replace(sound, agreement=agreement).disagreements
         assert word in problem
+    assert replace(sound, agreement=training.Agreement(1e-5, 10.0, 10_000, 0.1, 0.2)).disagreements == []
     (problem,) = replace(sound, test_accuracy=report.Pair([0.95], [0.92])).disagreements
     assert problem == "accuracies are 3.0 points apart (limit 2.0)"
     assert replace(sound, test_accuracy=report.Pair([0.95], [0.92]), test_images=100).disagreements == []

@@ -74,7 +74,7 @@ class SharedLayout {
     return start;
   }
   FIF_HOST_DEVICE constexpr int mark() const { return next_; }
-  // What is taken from here on overlays what was taken since the mark.
+  // What is taken from here on overlays what was taken since the mark, and starts with undefined contents.
   FIF_HOST_DEVICE constexpr void rewind(int mark) { next_ = mark; }
   // Bytes needed for everything taken so far, overlays counted once.
   FIF_HOST_DEVICE constexpr int bytes() const { return bytes_; }
@@ -216,7 +216,7 @@ FIF_DEVICE Vec<T, N> vec_load_const(const T* p) {
   using V = Vec<T, N>;
   return bit_cast<V>(__ldg(reinterpret_cast<const Word<V>*>(p)));
 #else
-  return ::cusim::load_vector<Vec<T, N>>(p);
+  return ::cusim::load_global<Vec<T, N>>(p);
 #endif
 }
 
@@ -227,7 +227,7 @@ FIF_DEVICE Vec<T, N> vec_load_stream(const T* p) {
   using V = Vec<T, N>;
   return bit_cast<V>(__ldcs(reinterpret_cast<const Word<V>*>(p)));
 #else
-  return ::cusim::load_vector<Vec<T, N>>(p);
+  return ::cusim::load_global<Vec<T, N>>(p);
 #endif
 }
 
@@ -247,7 +247,7 @@ FIF_DEVICE void vec_store_stream(T* p, const Vec<T, N>& v) {
 #if defined(__CUDACC__)
   __stcs(reinterpret_cast<Word<Vec<T, N>>*>(p), bit_cast<Word<Vec<T, N>>>(v));
 #else
-  ::cusim::store_vector(p, v);
+  ::cusim::store_global(p, v);
 #endif
 }
 
