@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from . import backends
 from .autograd import FusedUnit, Options, train
+from .checks import check_bias, check_norm, check_numbers, check_tensor, check_unit
 from .ops import ACTIVATION_CODES
 from .reference import Norm, compose
 
@@ -52,9 +52,10 @@ def feature_augment(
     Raises: TypeError or ValueError, naming the argument, its value and what would be right.
     Source: S0 [0142]-[0197]; the zero padding of the cheap convolution comes after the activation.
     """
-    _check_tensor("x", x, "(batch, channels, height, width)")
-    _check_tensor("primary_weight", primary_weight, "(M, channels / groups, k, k)")
-    _check_tensor("cheap_weight", cheap_weight, "(N, c, d, d)")
+    check_tensor("x", x, "(batch, channels, height, width)")
+    check_tensor("primary_weight", primary_weight, "(M, channels / groups, k, k)")
+    check_tensor("cheap_weight", cheap_weight, "(N, c, d, d)")
+    check_numbers(stride, padding, groups, out_channels)
     if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, primary_weight, cheap_weight = x.to(dtype), primary_weight.to(dtype), cheap_weight.to(dtype)
@@ -69,20 +70,24 @@ def feature_augment(
     padding = primary_weight.shape[-1] // 2 if padding is None else padding
     cheap_maps = cheap_weight.shape[0] * (maps // matrix if shared and matrix else 1)
     total = cheap_maps + (maps if splice else 0)
-    _check(x, primary_weight, cheap_weight, groups, shared, activation)
+    check_unit(x, primary_weight, cheap_weight, groups, shared, activation)
     out_channels = total if out_channels is None else out_channels
     if not 0 < out_channels <= total:
         raise ValueError(f"out_channels={out_channels}: must be from 1 to {total}, the maps that the unit makes")
-    _check_channels("primary", primary_norm, maps, primary_bias, maps, x)
-    _check_channels("cheap", cheap_norm, cheap_maps, cheap_bias, cheap_weight.shape[0], x)
+    check_bias("primary_bias", primary_bias, maps, x)
+    check_bias("cheap_bias", cheap_bias, cheap_weight.shape[0], x)
+    check_norm("primary_norm", primary_norm, maps, x)
+    check_norm("cheap_norm", cheap_norm, cheap_maps, x)
 
     norm1, norm2 = primary_norm or _NO_NORM, cheap_norm or _NO_NORM
     convolutions = (x, primary_weight, cheap_weight, primary_bias, cheap_bias)
     wants_grad = wants_gradients((*convolutions, norm1.weight, norm1.bias, norm2.weight, norm2.bias))
     trains = wants_grad or norm1.training or norm2.training
-    problem = backends.Problem(x, primary_weight, cheap_weight, stride, padding, groups, trains)
+    problem = backends.Problem(
+        x, primary_weight, cheap_weight, stride, padding, groups, splice and out_channels < maps, trains
+    )
     chosen = backends.choose(problem, backend)
-    if chosen is backends.REFERENCE or (splice and out_channels < maps):
+    if chosen is backends.REFERENCE:
         return compose(
             x,
             primary_weight,
@@ -138,67 +143,3 @@ def _fused(
     if wants_grad:
         return FusedUnit.apply(*convolutions, *norms, options)
     return train(convolutions, norms, options)[0]
-
-
-def _check_tensor(name: str, value: object, shape: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}: must be a torch.Tensor of shape {shape}")
-    if value.dim() != 4:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: must have 4 dimensions, {shape}")
-
-
-def _check(
-    x: Tensor, primary_weight: Tensor, cheap_weight: Tensor, groups: int, shared: bool, activation: str | None
-) -> None:
-    maps, matrix = primary_weight.shape[0], cheap_weight.shape[1]
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"x is {x.dtype}: must be a floating type; convert it with x.float()")
-    for name, weight in (("primary_weight", primary_weight), ("cheap_weight", cheap_weight)):
-        if weight.dtype != x.dtype:
-            raise TypeError(f"{name} is {weight.dtype} and x is {x.dtype}: must be the same; cast one, or use autocast")
-        if weight.device != x.device:
-            raise ValueError(f"{name} is on {weight.device} and x on {x.device}: must be on the same device")
-        if weight.shape[2] != weight.shape[3] or weight.shape[2] < 1:
-            _bad_shape(name, weight, "square kernels")
-    if groups < 1 or primary_weight.shape[1] * groups != x.shape[1]:
-        raise ValueError(
-            f"x has {x.shape[1]} channels, and primary_weight {tuple(primary_weight.shape)} with groups={groups} takes "
-            f"{primary_weight.shape[1] * groups}: must be equal"
-        )
-    if maps < 1 or maps % groups:
-        _bad_shape("primary_weight", primary_weight, f"a positive multiple of groups={groups} kernels")
-    if matrix < 1 or maps % matrix:
-        _bad_shape("cheap_weight", cheap_weight, f"kernels over a divisor of the {maps} primary maps")
-    if cheap_weight.shape[0] < 1 or (not shared and cheap_weight.shape[0] % (maps // matrix)):
-        _bad_shape("cheap_weight", cheap_weight, f"a positive multiple of {maps // matrix} kernels")
-    if cheap_weight.shape[2] % 2 == 0:
-        _bad_shape("cheap_weight", cheap_weight, "an odd kernel size, to keep the size of the maps")
-    if activation not in ACTIVATION_CODES:
-        raise ValueError(f"activation={activation!r}: must be one of {', '.join(map(repr, ACTIVATION_CODES))}")
-
-
-def _bad_shape(name: str, value: Tensor, wanted: str) -> NoReturn:
-    raise ValueError(f"{name} has shape {tuple(value.shape)}: must have {wanted}")
-
-
-def _check_channels(
-    name: str, norm: Norm | None, norm_channels: int, bias: Tensor | None, bias_channels: int, x: Tensor
-) -> None:
-    if bias is not None:
-        _check_vector(f"{name}_bias", bias, bias_channels, x)
-    if norm is None:
-        return
-    if not norm.training and (norm.running_mean is None or norm.running_var is None):
-        raise ValueError(f"{name}_norm has training=False and no running statistics: give both, or training=True")
-    for field, value in zip(Norm._fields[:4], norm[:4], strict=True):
-        if value is not None:
-            _check_vector(f"{name}_norm.{field}", value, norm_channels, x)
-
-
-def _check_vector(name: str, value: object, channels: int, x: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}: must be a torch.Tensor of {channels} values")
-    if value.dim() != 1 or value.shape[0] != channels:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: must be ({channels},), one value a channel")
-    if value.device != x.device:
-        raise ValueError(f"{name} is on {value.device} and x on {x.device}: must be on the same device")

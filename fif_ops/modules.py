@@ -109,7 +109,10 @@ def explain(module: FusedFiF, x: Tensor) -> Explanation:
     cheap: Any = module.cheap_operation[0]
     norms = [_norm(stage[1]) for stage in (module.primary_conv, module.cheap_operation)]
     trains = functional.wants_gradients((x, *module.parameters())) or any(n is not None and n.training for n in norms)
-    problem = backends.Problem(x, primary.weight, cheap.weight, module.stride, module.padding, module.groups, trains)
+    # A unit makes ceil(out_channels / ratio) primary maps, which are never more than out_channels.
+    problem = backends.Problem(
+        x, primary.weight, cheap.weight, module.stride, module.padding, module.groups, False, trains
+    )
     forced = backends.wanted(None)
     candidates = [backends.BACKENDS[forced]] if forced else list(backends.BACKENDS.values())
     refused = tuple((b.name, b.reason(problem)) for b in candidates if b.reason(problem))

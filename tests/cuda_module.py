@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 
 import torch
+from cusim import toolchain
 
 from fif_ops.ops import ACTIVATION_CODES
 from fif_ops.reference import memory_format_of
@@ -18,19 +19,14 @@ FOLDER = ROOT / "build/cusim"
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 
 
-def toolkit():
-    """The folder of CUDA's host headers, or None."""
-    nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
-    return next((Path(h) / "include" for h in homes if h and (Path(h) / "include/cuda_fp16.h").is_file()), None)
-
-
 def load():
     """The module, rebuilt as far as its sources have changed."""
     import pybind11
 
-    includes = f"-I csrc -I tests/cusim -isystem {toolkit()} -isystem {sysconfig.get_path('include')}"
-    flags = f"-std=c++20 -O2 -w -fPIC -fvisibility=hidden {includes} -isystem {pybind11.get_include()}"
+    includes = f"-I csrc -I tests/cusim -isystem {toolchain.cuda_include()} -isystem {sysconfig.get_path('include')}"
+    flags = (
+        f"-std=c++20 -O2 -fno-strict-aliasing -w -fPIC -fvisibility=hidden {includes} -isystem {pybind11.get_include()}"
+    )
     sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "tests/cusim/module.cpp"]
     lines = [
         f"rule compile\n  command = {os.environ.get('CXX', 'g++')} {flags} -include tests/cusim/cusim.h -x c++ "

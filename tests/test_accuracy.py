@@ -1,42 +1,472 @@
-"""Results and gradients of the kernels against the definition in float64, over every kind of problem they accept."""
+"""Results and gradients of the kernels against the definition in float64, over every kind of problem they take."""
 
+import itertools
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
-from support import DTYPES, Problem, check_problem, name_of, problems  # fmt: skip
+from support import (
+    DTYPES,
+    EXPANSIONS,
+    KINKED,
+    PLACEMENTS,
+    SMOOTH,
+    Problem,
+    check,
+    check_problem,
+    composition_errors,
+    definition,
+    errors,
+    fused_results,
+    name_of,
+    place,
+    problems,
+    randomise,
+    results,
+    threads,
+)
+from torch import nn
+from torch.nn import functional as F
+
+from fif_ops import FeatureAugment, FusedFiF, Norm, feature_augment
+from fif_ops.reference import compose
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 both_layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+both_modes = pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 
 
-def plain_problem(**options):
+def problem(**options):
     fields = {
-        "in_channels": 5, "out_channels": 12, "ratio": 2, "cheap_kernel_size": 3, "splice": True, "activation": "relu",
+        "in_channels": 5, "out_channels": 12, "ratio": 2, "cheap_kernel_size": 3, "splice": True, "activation": "silu",
         "norm": "batch", "bias": False, "batch": 2, "height": 6, "width": 7,
     }  # fmt: skip
     return Problem(**{**fields, **options})
+
+
+def check_both(chosen, dtype=torch.float32):
+    check_problem(chosen, dtype, training=False)
+    check_problem(chosen, dtype, training=True)
 
 
 # ---- random problems
 
 
 @every_dtype
-def test_random_problems_inference(dtype):
+def test_random_inference(dtype):
     @settings(max_examples=120 if dtype == torch.float32 else 50)
     @given(problems(training=False))
-    def run(problem):
-        check_problem(problem, dtype, training=False)
+    def run(chosen):
+        check_problem(chosen, dtype, training=False)
 
     run()
 
 
 @every_dtype
-def test_random_problems_training(dtype):
+def test_random_training(dtype):
+    wide = dtype in (torch.float32, torch.float64)
+
     @settings(max_examples=120 if dtype == torch.float32 else 50)
-    @given(problems(training=True))
-    def run(problem):
-        check_problem(problem, dtype, training=True)
+    @given(problems(training=True, activations=SMOOTH + KINKED if wide else SMOOTH))
+    def run(chosen):
+        check_problem(chosen, dtype, training=True)
 
     run()
+
+
+@pytest.mark.parametrize("norm", ["batch", None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+def test_kinked_activations_in_16_bit(dtype, norm):
+    """Rounding decides on which side of a kink a value lies, and single gradients jump: compared over many problems."""
+    ours, plain = [], []
+    for seed in range(40):
+        chosen = problem(
+            activation=KINKED[seed % 3], norm=norm, bias=bool(seed & 1), splice=bool(seed & 2), batch=3, seed=seed,
+            in_channels=3 + seed % 9, out_channels=10 + seed % 13, cheap_kernel_size=(3, 5, 7)[seed // 3 % 3],
+            frozen=(bool(seed & 4), bool(seed & 8)), placement=("contiguous", "channels_last")[seed // 16 % 2],
+        )  # fmt: skip
+        unit, x, grad = chosen.training_unit().to(dtype), chosen.input(dtype), chosen.gradient(dtype)
+        wanted = definition(unit, x, grad)
+        for errors_of, found in ((ours, fused_results(unit, x, grad)), (plain, results(unit, x, grad))):
+            errors_of += [error for name, error in errors(found, wanted).items() if wanted[name].any()]
+    assert math.hypot(*ours) <= 2 * math.hypot(*plain)
+
+
+# ---- every combination of small things
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+@both_layouts
+def test_every_width(layout, kernel):
+    """Vectors that hold several rows, one row in part, and many vectors a row."""
+    for width, height in itertools.product([*range(1, 19), 23, 31, 32, 33, 47, 65], (1, 2, 4, 9)):
+        chosen = problem(
+            width=width, height=height, cheap_kernel_size=kernel, placement=layout, in_channels=3, out_channels=5,
+            ratio=2 + width % 2, batch=2 if height * width > 1 else 9,
+        )  # fmt: skip
+        check_both(chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=name_of)
+@both_layouts
+def test_every_width_in_other_formats(layout, dtype):
+    for width, kernel in itertools.product(range(1, 19), (3, 7)):
+        chosen = problem(
+            width=width, height=5, cheap_kernel_size=kernel, placement=layout, in_channels=3, out_channels=5, seed=width
+        )
+        check_both(chosen, dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+@both_layouts
+def test_every_format_and_layout(layout, kernel, dtype):
+    """Small enough for the sanitizers' runs (test_isa.py): vectors in part on all sides, with and without a splice."""
+    sizes = ((1, 1), (1, 4), (3, 2), (8, 5), (17, 3), (34, 1))
+    for (width, height), (out_channels, ratio, splice) in zip(
+        sizes * 2, itertools.cycle([(9, 2, True), (34, 3, False), (71, 4, True), (16, 1, False)]), strict=False
+    ):
+        chosen = problem(
+            width=width, height=height, cheap_kernel_size=kernel, placement=layout, in_channels=1 + out_channels % 19,
+            out_channels=out_channels, ratio=ratio, splice=splice, batch=9 if width == height else 2,
+        )  # fmt: skip
+        check_both(chosen, dtype)
+    for placement in ("inner columns", "last: inner channels", "one image", "batch innermost"):
+        check_both(problem(cheap_kernel_size=kernel, placement=placement, batch=9, grad_placement="one row"), dtype)
+
+
+@pytest.mark.parametrize("splice", [True, False])
+@both_layouts
+def test_every_number_of_maps(layout, splice):
+    """Tiles and blocks of channels, whole and in part, on both sides of the product."""
+    for maps in [*range(1, 27), 31, 32, 33, 36, 37, 47, 48, 49, 64, 65, 97]:
+        ratio = 2 + maps % 3 if splice else 1 + maps % 3
+        chosen = problem(
+            in_channels=1 + 7 * maps % 37, out_channels=maps * ratio - maps % 2, ratio=ratio, splice=splice,
+            placement=layout, height=3, width=5, seed=maps,
+        )  # fmt: skip
+        check_both(chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@both_layouts
+def test_every_cut_of_the_output(layout, dtype):
+    """Odd out_channels: cheap maps that are computed in part, or not at all."""
+    for ratio, splice in ((2, True), (3, True), (5, True), (1, False), (3, False)):
+        for out_channels in range(1, 23):
+            chosen = problem(
+                out_channels=out_channels, ratio=ratio, splice=splice, placement=layout, height=4, width=3, batch=3
+            )
+            check_both(chosen, dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("activation", SMOOTH + KINKED, ids=str)
+@both_layouts
+def test_every_activation(layout, activation, dtype):
+    """Over their whole range, the far ends included."""
+    x = place(torch.linspace(-14, 14, 4 * 3 * 41).view(2, 6, 1, 41).to(dtype), layout)
+    unit = FeatureAugment(6, 12, cheap_kernel_size=1, activation=activation, norm=None)
+    with torch.no_grad():
+        unit.primary_conv[0].weight.copy_(torch.eye(6)[:, :, None, None])
+        unit.cheap_operation[0].weight.fill_(-1)
+    unit = unit.to(dtype)
+    check(unit, x)
+    if dtype in (torch.float32, torch.float64) or activation in SMOOTH:
+        check(unit, x, torch.ones_like(unit(x)))
+
+
+@pytest.mark.parametrize("activation", KINKED)
+def test_slopes_on_the_kinks(activation):
+    """On a kink itself the slope is the one that torch takes."""
+    x = torch.tensor([-3.0, -0.0, 0.0, 3.0, 6.0]).view(1, 1, 1, 5)
+    unit = FeatureAugment(1, 2, cheap_kernel_size=1, activation=activation, norm=None)
+    with torch.no_grad():
+        unit.primary_conv[0].weight.fill_(1)
+        unit.cheap_operation[0].weight.fill_(1)
+    for dtype in DTYPES:
+        unit = unit.to(dtype)
+        grad = torch.tensor([1.0, 0.0], dtype=dtype).view(1, 2, 1, 1).expand(1, 2, 1, 5)
+        wanted = results(unit, x.to(dtype), grad)
+        assert torch.equal(fused_results(unit, x.to(dtype), grad)["gradient of x"], wanted["gradient of x"])
+
+
+@every_dtype
+@pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=2)), ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_frozen_normalisation(bias, frozen, dtype):
+    for layout in ("contiguous", "channels_last"):
+        check_problem(problem(frozen=frozen, bias=bias, placement=layout), dtype, training=True)
+
+
+@pytest.mark.parametrize("norm_dtype", [torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@both_modes
+def test_normalisation_in_a_wider_format(training, dtype, norm_dtype):
+    """As torch's mixed recipes keep it; the gradients and statistics stay in that format."""
+    chosen = problem()
+    unit = (chosen.training_unit() if training else chosen.unit().eval()).to(dtype)
+    for stage in (unit.primary_conv, unit.cheap_operation):
+        stage[1].to(norm_dtype)
+    x, grad = chosen.input(dtype), chosen.gradient(dtype) if training else None
+    wanted, found = definition(unit, x, grad), fused_results(unit, x, grad)
+    assert found["output"].dtype == dtype
+    for name, error in errors(found, wanted).items():
+        assert error <= 1e-2, name
+        if ".1." in name and "tracked" not in name:
+            assert found[name].dtype == norm_dtype, name
+
+
+# ---- memory layouts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_every_placement_of_the_input(placement, dtype):
+    for size in ((2, 6, 7), (3, 1, 9), (3, 8, 1), (9, 1, 1), (1, 5, 4)):
+        batch, height, width = size
+        chosen = problem(batch=batch, height=height, width=width, placement=placement)
+        check_problem(chosen, dtype, training=False)
+        if placement not in EXPANSIONS:
+            check_problem(chosen, dtype, training=True)
+    for dim in (1, 2, 3):
+        check_problem(problem(placement=placement, frozen=(True, True), **{("", "in_channels", "height", "width")[dim]: 1}),
+                      dtype, training=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("grad_placement", PLACEMENTS)
+@both_layouts
+def test_every_placement_of_the_gradient(layout, grad_placement, dtype):
+    for height, width, frozen in ((6, 7, False), (1, 9, True), (8, 1, False), (1, 1, True)):
+        chosen = problem(
+            height=height,
+            width=width,
+            placement=layout,
+            grad_placement=grad_placement,
+            frozen=(frozen, frozen),
+            batch=3,
+        )
+        check_problem(chosen, dtype, training=True)
+
+
+WEIGHTS = torch.randn(3, 30, 40, 40, generator=torch.Generator().manual_seed(5))
+LOSSES = {
+    "cat": lambda y: (torch.cat([y, y[:, :3] * 2, y.flip(1)], 1) * WEIGHTS[:, : 2 * y.shape[1] + 3, :6, :7]).sum(),
+    "every other channel": lambda y: (y[:, ::2] * WEIGHTS[:, : -(-y.shape[1] // 2), :6, :7]).sum(),
+    "inner pixels": lambda y: (y[:, :, 1:-1, 2:-1] * WEIGHTS[:, : y.shape[1], :4, :4]).sum(),
+    "expand": lambda y: (y[:1].expand(3, -1, -1, -1) * WEIGHTS[:, : y.shape[1], :6, :7]).sum(),
+    "transpose": lambda y: (y.transpose(1, 3) * WEIGHTS[:, :7, :6, : y.shape[1]]).sum(),
+    "sum": lambda y: y.sum(),
+    "mean over pixels": lambda y: (y.mean((2, 3)) * WEIGHTS[:, : y.shape[1], 0, 0]).sum(),
+    "channels_last reader": lambda y: (
+        F.conv2d(y.contiguous(memory_format=torch.channels_last), WEIGHTS[:, : y.shape[1], :3, :3].to(y.dtype)) ** 2
+    ).sum(),
+    "contiguous reader": lambda y: (F.conv2d(y.contiguous(), WEIGHTS[:, : y.shape[1], :3, :3].to(y.dtype)) ** 2).sum(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@both_layouts
+def test_gradients_that_arrive_as_views(layout, loss):
+    """What autograd hands to the backward pass in real programs: slices of a concatenation, expanded scalars, transposes."""
+    for frozen in (True, False):
+        chosen = problem(out_channels=11, batch=3, placement=layout, frozen=(frozen, frozen), activation="relu")
+        plain = chosen.training_unit()
+        found = []
+        for unit in (plain.double(), FusedFiF.from_reference(plain).float()):
+            dtype = next(unit.parameters()).dtype
+            x = chosen.input(torch.float32).to(dtype).detach().requires_grad_()
+            value = LOSSES[loss](unit(x))
+            found.append(torch.autograd.grad(value, [x, *unit.parameters()]))
+        total = torch.stack([g.norm() for g in found[0]]).norm()
+        for wanted, ours in zip(*found, strict=True):
+            assert (ours - wanted).norm() <= 1e-4 * (wanted.norm() + 1e-2 * total)
+
+
+# ---- values that are not numbers
+
+
+@pytest.mark.parametrize("activation", SMOOTH + KINKED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
+@both_modes
+def test_nan_and_infinity_pass_as_in_the_reference(training, dtype, activation):
+    """Against float64: torch's own 16-bit convolutions, and its float32 gelu, make NaN of more than that."""
+    for layout, kernel, bad in itertools.product(
+        ("contiguous", "channels_last"), (1, 3, 7), (float("nan"), float("inf"), -float("inf"))
+    ):
+        chosen = problem(activation=activation, cheap_kernel_size=kernel, width=9, height=7, placement=layout)
+        unit = (chosen.training_unit() if training else chosen.unit().eval()).to(dtype)
+        x = chosen.input(dtype)
+        x[0, 2, 3, 4] = bad
+        x[1, 0, 0, 8] = bad
+        found, wanted = fused_results(unit, x)["output"], definition(unit, x)["output"]
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(found), kind(wanted)), (layout, kernel, bad, kind)
+
+
+@both_layouts
+def test_nan_in_a_gradient_stays_where_the_reference_has_it(layout):
+    chosen = problem(activation="relu", width=9, placement=layout, frozen=(True, True))
+    unit, x = chosen.training_unit(), chosen.input(torch.float32)
+    for bad in (float("nan"), float("inf")):
+        for channel in (1, 8):
+            grad = chosen.gradient(torch.float32)
+            grad[1, channel, 2, 5] = bad
+            wanted, found = definition(unit, x, grad), fused_results(unit, x, grad)
+            for name in wanted:
+                assert torch.equal(found[name].isfinite(), wanted[name].isfinite()), name
+
+
+# ---- the halo
+
+
+@every_dtype
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+@both_layouts
+def test_halo_is_zero_after_the_activation(layout, kernel, dtype):
+    """With x = 0 and a positive shift the maps are constant, and only the zeros around them tell border from middle."""
+    maps, size = 3, 9
+    shift = torch.tensor([1.0, 2.0, 0.5], dtype=dtype)
+    norm = Norm(torch.ones_like(shift), shift, torch.zeros_like(shift), torch.ones_like(shift), False, 0.1, 0.0)
+    x = place(torch.zeros(2, 4, size, size, dtype=dtype), layout)
+    cheap = torch.ones(maps, 1, kernel, kernel, dtype=dtype)
+    primary = torch.randn(maps, 4, 1, 1, dtype=dtype, requires_grad=True)
+    inside = F.conv2d(torch.ones(1, 1, size, size), torch.ones(1, 1, kernel, kernel), padding=kernel // 2)
+    wanted = torch.cat([torch.ones(2, maps, size, size), inside.expand(2, maps, -1, -1)], 1)
+    wanted = wanted * shift.float().repeat(2)[:, None, None]
+    with torch.no_grad():
+        assert torch.equal(feature_augment(x, primary, cheap, primary_norm=norm).float(), wanted)
+    assert torch.equal(feature_augment(x, primary, cheap, primary_norm=norm).float(), wanted)
+
+
+# ---- sizes and threads
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@both_layouts
+def test_large_maps_with_threads(layout, dtype, count):
+    """Maps cut into tiles of rows, with the halo between them computed ahead; one image and several."""
+    with threads(count):
+        for in_channels, out_channels, batch, height, width, kernel, splice in (
+            (130, 12, 1, 40, 40, 7, True),
+            (130, 70, 1, 40, 40, 3, False),
+            (96, 26, 2, 39, 40, 5, True),
+            (64, 50, 3, 33, 37, 3, False),
+            (130, 6, 1, 3, 400, 5, True),
+            (3, 20, 1, 2, 1500, 3, False),
+        ):
+            chosen = problem(
+                in_channels=in_channels, out_channels=out_channels, batch=batch, height=height, width=width,
+                cheap_kernel_size=kernel, splice=splice, placement=layout,
+            )  # fmt: skip
+            check_problem(chosen, dtype, training=False)
+            if out_channels < 20:
+                check_problem(chosen, dtype, training=True)
+
+
+@both_layouts
+def test_large_batches_and_many_maps(layout):
+    """Beyond 65,535 images, and beyond 65,535 maps of all images together."""
+    check_both(problem(in_channels=3, out_channels=4, batch=65_536, height=1, width=2, placement=layout))
+    check_both(problem(in_channels=1, out_channels=16_401, batch=9, height=1, width=1, placement=layout))
+
+
+# ---- numbers in difficult places
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@both_layouts
+@both_modes
+def test_a_bias_that_cancels_a_large_mean(training, layout, dtype):
+    """Nothing of the small difference is rounded away before the bias is added."""
+    unit = FeatureAugment(16, 16, norm=None, bias=True, activation="silu")
+    with torch.no_grad():
+        unit.primary_conv[0].weight.normal_(1 / 16, 0.01)
+        unit.primary_conv[0].bias.copy_(-4.5 * unit.primary_conv[0].weight.sum((1, 2, 3)))
+    x = place(torch.rand(2, 16, 8, 8) + 4, layout).to(dtype)
+    check(unit.to(dtype), x, torch.randn(2, 16, 8, 8).to(dtype) if training else None)
+
+
+@both_layouts
+def test_batch_statistics_of_a_large_mean(layout):
+    """A mean of a thousand deviations: squares around it, not a difference of squares."""
+    chosen = problem(batch=4, height=8, width=9, placement=layout)
+    x = place(chosen.input(torch.float32) + 1000, layout)
+    check(chosen.training_unit(), x, chosen.gradient(torch.float32))
+
+
+@pytest.mark.parametrize("batch", [2, 3, 7])
+@both_layouts
+def test_few_values_a_channel(layout, batch):
+    """Statistics of some numbers only: exact in float64, and in float32 as good as the composition on the whole."""
+    for seed in range(8):
+        chosen = problem(batch=batch, height=1, width=1, placement=layout, cheap_kernel_size=3, seed=seed)
+        unit, x, grad = chosen.training_unit(), chosen.input(torch.float32), chosen.gradient(torch.float32)
+        wanted = definition(unit, x, grad)
+        ours = errors(fused_results(unit, x, grad), wanted)
+        assert ours["output"] <= 1e-4
+        plain = composition_errors(unit, x, grad, wanted)
+        assert max(ours.values()) <= max(1e-4, 2 * max(plain.values()))
+        check_problem(chosen, torch.float64, training=True)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+@both_layouts
+def test_constant_maps_have_no_variance(layout, value):
+    chosen = problem(placement=layout, activation="relu")
+    x = place(torch.full((2, 5, 6, 7), value), layout)
+    unit = chosen.training_unit()
+    wanted, found = (
+        definition(unit, x, chosen.gradient(torch.float32)),
+        fused_results(unit, x, chosen.gradient(torch.float32)),
+    )
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert errors(found, wanted)["output"] <= 1e-3
+
+
+def test_functional_form_takes_what_the_module_has():
+    """Without running statistics, without weight or bias, with one of them, and with a batch in which nothing is tracked."""
+    x = torch.randn(3, 4, 5, 6)
+    primary, cheap = torch.randn(5, 4, 1, 1), torch.randn(10, 1, 3, 3)
+    for w1, b1, w2, b2, stats in itertools.product([False, True], repeat=5):
+        norms = []
+        for maps, weight, bias in ((5, w1, b1), (10, w2, b2)):
+            mean, var = (torch.randn(maps), torch.rand(maps) + 0.5) if stats else (None, None)
+            affine = [torch.randn(maps) if given else None for given in (weight, bias)]
+            norms.append(Norm(*affine, mean, var, not stats, 0.1, 1e-3))
+        options = {"primary_norm": norms[0], "cheap_norm": norms[1], "out_channels": 13, "activation": "hardswish"}
+        wanted = compose(x.double(), primary.double(), cheap.double(), **{
+            **options, "primary_norm": widened(norms[0]), "cheap_norm": widened(norms[1])
+        })  # fmt: skip
+        ours = feature_augment(x, primary, cheap, backend="cpu", **options)
+        assert (ours - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def widened(norm):
+    return norm._replace(**{
+        field: value.double() for field, value in norm._asdict().items() if isinstance(value, torch.Tensor)
+    })  # fmt: skip
+
+
+def test_weights_and_statistics_with_odd_strides():
+    """Slices of larger tensors, as a pruned or stacked model holds them; running statistics are updated in place."""
+    plain = randomise(FeatureAugment(4, 10, bias=True))
+    fused = FusedFiF.from_reference(plain)
+    for module in fused.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.dim() > 0:
+                    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), float("nan"))
+                    view = wide[..., 1::2]
+                    view.copy_(tensor.data)
+                    held[name] = nn.Parameter(view) if held is module._parameters else view
+    assert not fused.primary_conv[1].running_mean.is_contiguous()
+    x = torch.randn(3, 4, 5, 6)
+    grad = torch.randn(3, 10, 5, 6)
+    found, wanted = results(fused, x, grad), definition(plain, x, grad)
+    for name, error in errors(found, wanted).items():
+        assert error <= 1e-4, name

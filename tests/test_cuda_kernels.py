@@ -11,7 +11,9 @@ from fif_ops.reference import compose
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(cuda_module.toolkit() is None, reason="CUDA's host headers (cuda_fp16.h) are not here"),
+    pytest.mark.skipif(
+        cuda_module.toolchain.cuda_include() is None, reason="CUDA's host headers (cuda_fp16.h) are not here"
+    ),
     pytest.mark.usefixtures("one_thread"),
 ]
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}

@@ -28,6 +28,7 @@ class Problem(NamedTuple):
     stride: int
     padding: int
     groups: int
+    cuts_primary: bool  # out_channels drops some of the primary maps
     trains: bool  # gradients or batch statistics are wanted
 
 
@@ -64,7 +65,7 @@ class _Kernels(Backend):
     cheap_sizes: tuple[int, ...]
 
     def reason(self, problem: Problem) -> str:
-        x, primary, cheap, stride, padding, groups, _ = problem
+        x, primary, cheap, stride, padding, groups, cuts_primary, _ = problem
         if x.device.type != self.device:
             return f"x is on {x.device}, not on {self.device}"
         if self.unavailable():
@@ -81,6 +82,8 @@ class _Kernels(Backend):
             return f"a cheap kernel reads {cheap.shape[1]} primary maps, not 1"
         if cheap.shape[2] not in self.cheap_sizes:
             return f"the cheap kernel size is {cheap.shape[2]}, not one of {', '.join(map(str, self.cheap_sizes))}"
+        if cuts_primary:
+            return "out_channels drops some of the primary maps"
         return "x is empty" if x.numel() == 0 else ""
 
 
@@ -122,7 +125,7 @@ _forced: list[str] = []  # names of the blocks of ``use`` that we are in; a plai
 
 
 def _checked(name: str, source: str) -> str:
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"{source} is {name!r}: must be one of {', '.join(map(repr, BACKENDS))}")
     return name
 

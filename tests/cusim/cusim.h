@@ -31,23 +31,30 @@ T& static_shared(Key) {
   return *static_cast<T*>(static_shared(&key, sizeof(T), alignof(T)));
 }
 
-// ---- Vector accesses: one access of the full width, which the sanitizers see ---------------------------------------
-
 template <int Bytes>
 struct WordOf;
 template <>
-struct WordOf<16> { typedef uint64_t type __attribute__((vector_size(16), may_alias)); };
+struct WordOf<16> {
+  typedef uint64_t type __attribute__((vector_size(16), may_alias));
+};
 template <>
-struct WordOf<8> { typedef uint64_t type __attribute__((may_alias)); };
+struct WordOf<8> {
+  typedef uint64_t type __attribute__((may_alias));
+};
 template <>
-struct WordOf<4> { typedef uint32_t type __attribute__((may_alias)); };
+struct WordOf<4> {
+  typedef uint32_t type __attribute__((may_alias));
+};
 template <>
-struct WordOf<2> { typedef uint16_t type __attribute__((may_alias)); };
+struct WordOf<2> {
+  typedef uint16_t type __attribute__((may_alias));
+};
 template <int Bytes>
 using Word = typename WordOf<Bytes>::type;
 
 CUSIM_MACHINE inline void check_aligned(const void* p, int bytes, const char* what) {
-  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("%s: misaligned address, must be a multiple of %d", what, bytes);
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0)
+    fail("%s: misaligned address, must be a multiple of %d", what, bytes);
 }
 template <class V>
 V load_vector(const void* p) {
@@ -64,8 +71,16 @@ void store_vector(void* p, const V& v) {
   memcpy(&word, static_cast<const void*>(&v), sizeof v);
   *static_cast<volatile Word<sizeof(V)>*>(p) = word;
 }
-
-// ---- cp.async ----------------------------------------------------------------------------------------------------
+template <class V>
+V load_global(const void* p) {
+  check_global(p, sizeof(V), "global load");
+  return load_vector<V>(p);
+}
+template <class V>
+void store_global(void* p, const V& v) {
+  check_global(p, sizeof(V), "global store");
+  store_vector(p, v);
+}
 
 CUSIM_MACHINE inline void queue_copy(const Copy& copy) {
   Fiber& f = machine.fibers[machine.current];
@@ -101,8 +116,8 @@ void move_word(void* to, const void* from, int source_bytes) {
   *static_cast<volatile Word<Bytes>*>(to) = word;
 }
 
-// The data arrives at the wait. Until then the destination holds NaN: a read that comes too early shows, and so does one
-// that comes too late for what was there before.
+// The data arrives at the wait. Until then the destination holds NaN: a read that comes too early shows, and so does
+// one that comes too late for what was there before.
 template <int Bytes>
 void copy_async(void* shared, const void* global, int source_bytes) {
   queue_copy({shared, global, Bytes, source_bytes, 0});
@@ -119,8 +134,6 @@ inline void copy_async_wait(int pending_groups) {
   }
 }
 
-// ---- Warp operations: every lane brings an operand, the machine works on all of them at once -----------------------
-
 template <class Operand>
 void warp_operation(Place place, unsigned mask, Operand& operand, void (*operation)(void**, unsigned)) {
   wait_warp(place, mask, &operand, operation);
@@ -135,7 +148,8 @@ struct Shuffle {
     for (int l = 0; l < 32; l++) {
       if (!(mask >> l & 1)) continue;
       const int s = static_cast<Shuffle*>(operands[l])->source;
-      if (s >= 0 && !(mask >> s & 1)) fail("shuffle: lane %d reads lane %d, which the mask %08x leaves out", l, s, mask);
+      if (s >= 0 && !(mask >> s & 1))
+        fail("shuffle: lane %d reads lane %d, which the mask %08x leaves out", l, s, mask);
       result[l] = static_cast<Shuffle*>(operands[s < 0 ? l : s])->value;
     }
     for (int l = 0; l < 32; l++)
@@ -212,7 +226,7 @@ CUSIM_MACHINE inline void multiply_add(void** operands, const float* a, const fl
     }
   }
 }
-CUSIM_MACHINE inline float half_to_float(uint16_t bits) {
+CUSIM_UNSEEN inline float half_to_float(uint16_t bits) {
   const unsigned sign = unsigned(bits & 0x8000u) << 16, rest = bits & 0x7fffu;
   if (rest >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
   const float magnitude = std::bit_cast<float>(rest << 13) * 0x1p112f;  // exact, subnormal numbers included
@@ -237,7 +251,9 @@ CUSIM_MACHINE void multiply_16bit_run(void** operands, unsigned) {
 }
 CUSIM_MACHINE inline void multiply_tf32_run(void** operands, unsigned) {
   float a[16 * 8], b[8 * 8];
-  auto number = [](uint32_t word) { return std::bit_cast<float>(word & 0xffffe000u); };  // the hardware ignores the rest
+  auto number = [](uint32_t word) {
+    return std::bit_cast<float>(word & 0xffffe000u);
+  };  // the hardware ignores the rest
   for (int l = 0; l < 32; l++) {
     const Multiply& lane = *static_cast<Multiply*>(operands[l]);
     const int g = l / 4, t = l % 4;
@@ -259,8 +275,6 @@ inline uint32_t to_tf32(float v) {
   const uint32_t bits = std::bit_cast<uint32_t>(v);
   return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
 }
-
-// ---- The runtime's API, as far as launching needs it ---------------------------------------------------------------
 
 inline cudaError_t set_function_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
@@ -302,8 +316,6 @@ inline const char* error_string(cudaError_t error) {
 #define cudaSetDevice ::cusim::set_device
 #define cudaDeviceGetAttribute ::cusim::get_attribute
 #define cudaGetErrorString ::cusim::error_string
-
-// ---- CUDA's device vocabulary --------------------------------------------------------------------------------------
 
 #define CUSIM_PLACE(what) \
   ::cusim::Place { what, file, line }
@@ -388,11 +400,17 @@ T atomicMin(T* p, std::type_identity_t<T> v) {
 }
 
 template <class T>
-T __ldg(const T* p) { return *p; }
+T __ldg(const T* p) {
+  return *p;
+}
 template <class T>
-T __ldcs(const T* p) { return *p; }
+T __ldcs(const T* p) {
+  return *p;
+}
 template <class T>
-void __stcs(T* p, const T& v) { *p = v; }
+void __stcs(T* p, const T& v) {
+  *p = v;
+}
 
 inline float rsqrtf(float v) { return 1 / std::sqrt(v); }
 inline float __frsqrt_rn(float v) { return 1 / std::sqrt(v); }
