@@ -171,7 +171,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train(
       .x = input(dense, p.channels_last),
       .primary_weight = w1.const_data_ptr(),
       .cheap_weight = w2.const_data_ptr(),
-      .primary = affine(parameters, {primary_bias, weight1, bias1, mean1, var1, eps1}, p.primary, batch1, "primary"),
+      .primary_bias = parameters.get(primary_bias, p.primary, "primary_bias"),
+      .primary = affine(parameters, {std::nullopt, weight1, bias1, mean1, var1, eps1}, p.primary, batch1, "primary"),
       .cheap = affine(parameters, {cheap_bias, weight2, bias2, mean2, var2, eps2}, p.cheap(), batch2, "cheap"),
       .primary_batch = batch1,
       .cheap_batch = batch2,
@@ -191,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train(
   }
   kernels().train(p, args, threads());
   if (batch1) {
-    update_running(mean1, torch::stable::select(stats1, 0, 0), primary_bias, momentum1);
+    update_running(mean1, torch::stable::select(stats1, 0, 0), std::nullopt, momentum1);
     update_running(var1, fresh1, std::nullopt, momentum1);
   }
   if (batch2) {

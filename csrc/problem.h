@@ -70,6 +70,8 @@ struct TrainArgs {
   Input x;
   const void* primary_weight;
   const void* cheap_weight;
+  const void* primary_bias;         // [M] compute type or null; part of raw, so that a large mean that it takes away
+                                    // costs no digits there
   Affine primary, cheap;            // mean and rstd are ignored where batch statistics are asked for
   bool primary_batch, cheap_batch;  // normalise with batch statistics
   double primary_eps, cheap_eps;

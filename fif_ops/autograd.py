@@ -62,7 +62,7 @@ class FusedUnit(torch.autograd.Function):
         x, w1, w2, primary_bias, cheap_bias, weight1, bias1, weight2, bias2, raw, stats1, stats2 = ctx.saved_tensors
         options: Options = ctx.options
         need = ctx.needs_input_grad
-        shift1 = bias1 if ctx.normed[0] else primary_bias
+        # The primary convolution's bias is part of the raw maps already.
         shift2 = bias2 if ctx.normed[1] else cheap_bias
         grad_x, grad_w1, grad_w2, norm1, norm2 = torch.ops.fif_ops.backward(
             grad,
@@ -73,7 +73,7 @@ class FusedUnit(torch.autograd.Function):
             stats1,
             stats2,
             weight1,
-            shift1,
+            bias1,
             weight2,
             shift2,
             options.activation_code,
@@ -143,8 +143,8 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
         if options.batch[i]:
             return Norm(weight, bias, None, None, True, 0.0, options.eps[i])
         mean, rstd = stats[i]
-        if conv_bias is not None:
-            mean = mean + conv_bias.detach()
+        if i == 1 and conv_bias is not None:
+            mean = mean + conv_bias.detach()  # the cheap maps are normalised without it
         return Norm(weight, bias, mean, rstd**-2 - options.eps[i], False, 0.0, options.eps[i])
 
     out = compose(

@@ -56,11 +56,11 @@ def feature_augment(
     check_tensor("primary_weight", primary_weight, "(M, channels / groups, k, k)")
     check_tensor("cheap_weight", cheap_weight, "(N, c, d, d)")
     check_numbers(stride, padding, groups, out_channels)
-    if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, primary_weight, cheap_weight = x.to(dtype), primary_weight.to(dtype), cheap_weight.to(dtype)
-        primary_bias = None if primary_bias is None else primary_bias.to(dtype)
-        cheap_bias = None if cheap_bias is None else cheap_bias.to(dtype)
+        x, primary_weight, cheap_weight = (_autocast(t, dtype) for t in (x, primary_weight, cheap_weight))
+        primary_bias = None if primary_bias is None else _autocast(primary_bias, dtype)
+        cheap_bias = None if cheap_bias is None else _autocast(cheap_bias, dtype)
     maps, matrix = primary_weight.shape[0], cheap_weight.shape[1]
     if shared and matrix == 1 and maps > 0:
         # One kernel set repeated for every map is an ordinary depthwise convolution, which the kernels have.
@@ -105,6 +105,11 @@ def feature_augment(
             shared=shared,
         )
     return _fused(convolutions, norm1, norm2, out_channels, activation, splice, wants_grad)
+
+
+def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """As torch does for convolutions: integers, complex numbers and float64 stay what they are."""
+    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
 def wants_gradients(tensors: Iterable[Tensor | None]) -> bool:

@@ -39,25 +39,31 @@ class FusedFiF(FeatureAugment):
         primary, cheap = modules["primary_conv"]._modules, modules["cheap_operation"]._modules
         primary_weight, primary_bias = _weight_bias(primary["0"])
         cheap_weight, cheap_bias = _weight_bias(cheap["0"])
-        result = functional.feature_augment(
-            x,
-            primary_weight,
-            cheap_weight,
-            primary_bias=primary_bias,
-            cheap_bias=cheap_bias,
-            primary_norm=_norm(primary["1"]),
-            cheap_norm=_norm(cheap["1"]),
-            out_channels=self.out_channels,
-            activation=self.activation,
-            splice=self.splice,
-            stride=self.stride,
-            padding=self.padding,
-            groups=self.groups,
-            shared=self.shared,
-        )
-        _count_batch(primary["1"])
-        _count_batch(cheap["1"])
-        return result
+        # Counted first, as torch does: a checkpoint's recomputation counts too, a call that is refused does not.
+        norms = _norm(primary["1"]), _norm(cheap["1"])
+        _count_batch(primary["1"], 1)
+        _count_batch(cheap["1"], 1)
+        try:
+            return functional.feature_augment(
+                x,
+                primary_weight,
+                cheap_weight,
+                primary_bias=primary_bias,
+                cheap_bias=cheap_bias,
+                primary_norm=norms[0],
+                cheap_norm=norms[1],
+                out_channels=self.out_channels,
+                activation=self.activation,
+                splice=self.splice,
+                stride=self.stride,
+                padding=self.padding,
+                groups=self.groups,
+                shared=self.shared,
+            )
+        except (TypeError, ValueError):
+            _count_batch(primary["1"], -1)
+            _count_batch(cheap["1"], -1)
+            raise
 
     def _fallback_reason(self) -> str | None:
         """Why ``forward`` must call the submodules one by one, or None if it need not."""
@@ -155,11 +161,11 @@ def _norm(module: Any) -> Norm | None:
     return Norm(weight, bias, mean, var, training or (mean is None and var is None), momentum, module.eps)
 
 
-def _count_batch(module: nn.Module) -> None:
+def _count_batch(module: nn.Module, by: int) -> None:
     if module.training and type(module) is nn.BatchNorm2d and module.track_running_stats:
         batches = _statistics(module)[2]
         if batches is not None:
-            batches.add_(1)
+            batches.add_(by)
 
 
 def _stage_reason(

@@ -368,6 +368,18 @@ def test_large_maps_with_threads(layout, dtype, count):
                 check_problem(chosen, dtype, training=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@both_layouts
+def test_training_on_units_beyond_the_cache(layout, dtype):
+    """Maps of a whole batch that are too large to be kept between two rounds."""
+    for ratio, splice, frozen in ((2, True, (False, False)), (3, True, (True, False)), (2, False, (False, True))):
+        chosen = problem(
+            in_channels=3, out_channels=5, batch=2, height=185, width=187, ratio=ratio, splice=splice, frozen=frozen,
+            placement=layout, cheap_kernel_size=5,
+        )  # fmt: skip
+        check_problem(chosen, dtype, training=True)
+
+
 @both_layouts
 def test_large_batches_and_many_maps(layout):
     """Beyond 65,535 images, and beyond 65,535 maps of all images together."""
@@ -397,6 +409,17 @@ def test_batch_statistics_of_a_large_mean(layout):
     chosen = problem(batch=4, height=8, width=9, placement=layout)
     x = place(chosen.input(torch.float32) + 1000, layout)
     check(chosen.training_unit(), x, chosen.gradient(torch.float32))
+
+
+@both_layouts
+def test_batch_statistics_with_images_far_apart(layout):
+    """No image is typical of the batch: the first one lies far from the rest, or every one does."""
+    chosen = problem(batch=300, height=2, width=3, placement=layout)
+    offsets = torch.zeros(300, 1, 1, 1)
+    offsets[0] = 1000
+    for offset in (offsets, torch.linspace(-1000, 1000, 300).view(300, 1, 1, 1)):
+        x = place(chosen.input(torch.float32) + offset, layout)
+        check(chosen.training_unit(), x, chosen.gradient(torch.float32))
 
 
 @pytest.mark.parametrize("batch", [2, 3, 7])

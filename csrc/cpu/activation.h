@@ -92,7 +92,7 @@ template <class A>
 __attribute__((noinline)) static Vec<A> smooth_slope(Vec<A> u, Activation a) {
   if (a == Activation::hardswish) {
     Vec<A> middle = u * A(1.0 / 3.0) + A(0.5);
-    return u < A(-3) ? Vec<A>{} : (u <= A(3) ? middle : splat<A>(1));
+    return u <= A(-3) ? Vec<A>{} : (u < A(3) ? middle : splat<A>(1));
   }
   if (a == Activation::silu) {
     Vec<A> s = sigmoid_of<A>(u);
@@ -101,7 +101,7 @@ __attribute__((noinline)) static Vec<A> smooth_slope(Vec<A> u, Activation a) {
   return normal_cdf<A>(u) + u * A(0.39894228040143267794) * exp_of(u * u * A(-0.5));
 }
 
-// d activation / d u times g, at the pre-activation u; 0 on the kinks of relu and relu6, as torch has it.
+// d activation / d u times g, at the pre-activation u; on a kink the slope that torch takes.
 template <class A>
 FIF_INLINE Vec<A> activation_gradient(Vec<A> g, Vec<A> u, Activation a) {
   switch (a) {

@@ -10,26 +10,50 @@
 namespace fif::FIF_ISA {
 namespace {
 
+// The convolution's bias as the epilogue of a product wants it, if there is one.
+template <class A>
+class Bias {
+ public:
+  Bias(const void* values, int64_t channels) : shift_(static_cast<const A*>(values)), scale_(values ? channels : 0) {
+    for (int64_t i = 0; shift_ && i < channels; ++i) scale_.get()[i] = 1;
+  }
+  template <class G>
+  void add_to(G& g, int64_t channel, Finish finish) const {
+    if (!shift_) return;
+    g.finish = finish;
+    g.scale = scale_.get() + channel;
+    g.shift = shift_ + channel;
+  }
+
+ private:
+  const A* shift_;
+  Scratch<A> scale_;
+};
+
 template <class T>
 void raw_planar(const Problem& p, const TrainArgs& a, const Threads& threads) {
   using A = Compute<T>;
   const Computed<T> weight(a.primary_weight, p.primary * p.in_channels);
+  const Bias<A> bias(a.primary_bias, p.primary);
   const int64_t blocks = ceil_div(p.primary, kTileRows), block = ceil_div(p.primary, blocks);
   const int64_t rows = tile_rows(p, p.in_channels * sizeof(T)), cuts = ceil_div(p.height, rows);
   parallel(threads, p.batch * cuts, [&](int64_t begin, int64_t end, int) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / cuts, row = task % cuts * rows, pixel = row * p.width;
-      for (int64_t m = 0; m < p.primary; m += block)
-        gemm(Gemm<A, T, T>{.a = weight.get() + m * p.in_channels,
-                           .a_row = p.in_channels,
-                           .a_k = 1,
-                           .b = static_cast<const T*>(a.x.data) + n * a.x.batch + pixel,
-                           .b_k = a.x.step,
-                           .c = static_cast<T*>(a.raw.data) + n * a.raw.batch + m * a.raw.step + pixel,
-                           .c_row = a.raw.step,
-                           .rows = min_of(block, p.primary - m),
-                           .cols = min_of(rows, p.height - row) * p.width,
-                           .depth = p.in_channels});
+      for (int64_t m = 0; m < p.primary; m += block) {
+        Gemm<A, T, T> g{.a = weight.get() + m * p.in_channels,
+                        .a_row = p.in_channels,
+                        .a_k = 1,
+                        .b = static_cast<const T*>(a.x.data) + n * a.x.batch + pixel,
+                        .b_k = a.x.step,
+                        .c = static_cast<T*>(a.raw.data) + n * a.raw.batch + m * a.raw.step + pixel,
+                        .c_row = a.raw.step,
+                        .rows = min_of(block, p.primary - m),
+                        .cols = min_of(rows, p.height - row) * p.width,
+                        .depth = p.in_channels};
+        bias.add_to(g, m, Finish::by_row);
+        gemm(g);
+      }
     }
   });
 }
@@ -39,6 +63,7 @@ void raw_channels_last(const Problem& p, const TrainArgs& a, const Threads& thre
   using A = Compute<T>;
   constexpr int64_t kPixels = 16 * kTileRows;
   const Transposed<T> weight(a.primary_weight, p.primary, p.in_channels);
+  const Bias<A> bias(a.primary_bias, p.primary);
   const Scratch<A> wide(sizeof(T) == sizeof(A) ? 0 : threads.count * kPixels * p.in_channels);
   const int64_t cuts = ceil_div(p.pixels(), kPixels);
   parallel(threads, p.batch * cuts, [&](int64_t begin, int64_t end, int thread) {
@@ -55,6 +80,7 @@ void raw_channels_last(const Problem& p, const TrainArgs& a, const Threads& thre
                       .rows = count,
                       .cols = p.primary,
                       .depth = p.in_channels};
+      bias.add_to(g, 0, Finish::by_column);
       if constexpr (sizeof(T) == sizeof(A)) {
         g.a = x;
       } else {
