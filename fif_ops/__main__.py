@@ -79,7 +79,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         help="use at most N images of each class folder (default: all)",
     )
     add("--width", type=positive, default=0.5, help="width multiplier of HWNet")
-    add("--epochs", type=at_least(1), default=10, help="passes over the training images")
+    add("--epochs", type=at_least(1), default=7, help="passes over the training images")
     add("--batch-size", type=at_least(2), default=64, help="images per training step")
     add("--lr", type=positive, default=0.05, dest="learning_rate", help="learning rate of the first step")
     add("--seed", type=at_least(0), default=0, help="seed of weights, order and crops")

@@ -34,7 +34,7 @@ class Settings:
     size: int = 32  # pixels
     limit: int | None = None
     width: float = 0.5
-    epochs: int = 10
+    epochs: int = 7
     batch_size: int = 64
     learning_rate: float = 0.05
     seed: int = 0
