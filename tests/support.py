@@ -180,8 +180,9 @@ KINKED = ("relu", "relu6", "hardswish")
 def problems(draw: st.DrawFn, training: bool, activations: tuple[str | None, ...] = SMOOTH + KINKED) -> Problem:
     """Small on average, up to 130 channels and 40 x 40 pixels, and at most some 100,000 numbers in all maps together.
 
-    For training, only problems with something left beside rounding: batch statistics of few values, of a 1 x 1 cheap
-    kernel (which takes away the kernel again), or under a constant gradient make gradients vanish.
+    For training, only problems with something left beside rounding. Gradients vanish where batch statistics are of few
+    values, under a constant gradient, and where they take a single factor away again: that of a 1 x 1 cheap kernel, or
+    the primary weights' over one input channel.
     """
     splice = draw(st.booleans())
     channels = st.one_of(st.integers(1, 12), st.integers(1, 130))
@@ -210,7 +211,7 @@ def problems(draw: st.DrawFn, training: bool, activations: tuple[str | None, ...
         width=width,
         placement=placement,
         grad_placement=draw(st.sampled_from([name for name in PLACEMENTS if name not in ("one pixel", "one number")])),
-        frozen=(draw(st.booleans()), kernel == 1 or draw(st.booleans())),
+        frozen=(in_channels == 1 or 1 in repeated or draw(st.booleans()), kernel == 1 or draw(st.booleans())),
         seed=draw(st.integers(0, 1000)),
     )
 
@@ -287,10 +288,10 @@ def composition_errors(
     dense = None if grad is None else grad.contiguous()
     runs = []
     for order in (torch.arange(x.shape[1]), *(torch.randperm(x.shape[1]) for _ in range(4))):
-        twin = copy.deepcopy(unit)
-        twin.primary_conv[0].weight.data = unit.primary_conv[0].weight.data[:, order]
         back = torch.argsort(order)
         for layout in ("contiguous", "channels_last"):
+            twin = copy.deepcopy(unit)
+            twin.primary_conv[0].weight.data = unit.primary_conv[0].weight.data[:, order]
             found = results(twin, LAYOUTS[layout](x[:, order]), dense)
             for name in ("gradient of x", "gradient of primary_conv.0.weight"):
                 if name in found:

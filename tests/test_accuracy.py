@@ -178,6 +178,22 @@ def test_every_activation(layout, activation, dtype):
         check(unit, x, torch.ones_like(unit(x)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@both_layouts
+@both_modes
+def test_every_16_bit_number(training, layout, dtype):
+    """Read, multiplied, rounded to nearest even and written as torch does: subnormal, infinite, too large, and NaN."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    norm = Norm(torch.tensor([1.3125]), None, torch.zeros(1), torch.ones(1), False, 0.1, 0.0)
+    one = torch.ones(1, 1, 1, 1, dtype=dtype, requires_grad=training)
+    for size, count in (((256, 256), 2**16), ((255, 257), 2**16 - 1), ((13, 5041), 13 * 5041)):
+        x = place(numbers[:count].view(1, 1, *size), layout)
+        wanted = (x.float() * 1.3125).to(dtype)
+        out = feature_augment(x, one, one, primary_norm=norm, activation=None, backend="cpu").detach()
+        assert torch.equal(out.isnan(), wanted.isnan().expand(1, 2, *size))
+        assert torch.equal(out.nan_to_num(0.0), wanted.nan_to_num(0.0).expand(1, 2, *size))
+
+
 @pytest.mark.parametrize("activation", KINKED)
 def test_slopes_on_the_kinks(activation):
     """On a kink itself the slope is the one that torch takes."""

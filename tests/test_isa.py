@@ -17,10 +17,7 @@ ISAS = ops.library_info()["cpu_isas"]
 needs_kernels = pytest.mark.skipif(not ISAS, reason="the package was installed without its kernels")
 
 # A compact part of test_accuracy.py: all layouts, formats, kernel sizes and activations, forward and backward.
-COMPACT = (
-    "random or every_width or every_number or every_cut or every_activation or nan_and or halo or large_maps or frozen "
-    "or slopes or kinked"
-)
+COMPACT = "random or every or nan_and or halo or large_maps or frozen or slopes or kinked"
 # As much as the sanitizers' slowness allows.
 SANITIZED = "every_format_and_layout"
 

@@ -489,8 +489,10 @@ struct Block {
   }
 };
 
+// Two blocks to a multiprocessor, except where 128 registers a thread would not hold the sums.
 template <class T, bool Last, int K, int Channels>
-__global__ void __launch_bounds__(kThreads, 2) infer_kernel(const __grid_constant__ InferCall call) {
+__global__ void __launch_bounds__(kThreads, Last&& Channels == 64 ? 1 : 2)
+    infer_kernel(const __grid_constant__ InferCall call) {
   using Row = Rows<T, Last, Channels>;
   FIF_SHARED(shared);
   SharedArena arena(shared);
