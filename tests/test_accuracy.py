@@ -126,7 +126,9 @@ def test_every_format_and_layout(layout, kernel, dtype):
     """Small enough for the sanitizers' runs (test_isa.py): vectors in part on all sides, with and without a splice."""
     sizes = ((1, 1), (1, 4), (3, 2), (8, 5), (17, 3), (34, 1))
     for (width, height), (out_channels, ratio, splice) in zip(
-        sizes * 2, itertools.cycle([(9, 2, True), (34, 3, False), (71, 4, True), (16, 1, False)]), strict=False
+        sizes * 2,
+        itertools.cycle([(9, 2, True), (34, 3, False), (71, 4, True), (16, 1, False), (101, 2, True)]),
+        strict=False,
     ):
         chosen = problem(
             width=width, height=height, cheap_kernel_size=kernel, placement=layout, in_channels=1 + out_channels % 19,
