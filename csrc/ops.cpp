@@ -109,17 +109,24 @@ Affine affine(Parameters& parameters, const NormArgs& n, int64_t channels, bool 
   return {parameters.less(mean, conv_bias, channels), rstd, weight, bias};
 }
 
-Tensor infer(const Tensor& x, const Tensor& primary_weight, const Tensor& cheap_weight,
+Problem cpu_problem(Problem p) {
+  STD_TORCH_CHECK(p.has_primary && p.stride == 1 && p.groups == 1,
+                  "the primary convolution must have stride 1 and one group on the CPU");
+  return p;
+}
+
+Tensor infer(const Tensor& x, const OptionalTensor& primary_weight, const Tensor& cheap_weight,
              const OptionalTensor& primary_bias, const OptionalTensor& cheap_bias, const OptionalTensor& weight1,
              const OptionalTensor& bias1, const OptionalTensor& mean1, const OptionalTensor& var1,
              const OptionalTensor& weight2, const OptionalTensor& bias2, const OptionalTensor& mean2,
              const OptionalTensor& var2, double eps1, double eps2, int64_t out_channels, int64_t activation,
-             bool splice) {
-  const Problem p = problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice);
+             bool splice, int64_t stride, int64_t groups, bool tf32) {
+  const Problem p =
+      cpu_problem(problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice, stride, groups, tf32));
   Parameters parameters(compute_type(x));
   const Tensor dense = regular(x, p.channels_last);
-  const Tensor w1 = torch::stable::contiguous(primary_weight), w2 = torch::stable::contiguous(cheap_weight);
-  const Tensor out = new_map(x, out_channels, p.channels_last);
+  const Tensor w1 = torch::stable::contiguous(*primary_weight), w2 = torch::stable::contiguous(cheap_weight);
+  const Tensor out = new_map(x, p, out_channels);
   const InferArgs args{
       input(dense, p.channels_last),
       w1.const_data_ptr(),
@@ -154,17 +161,19 @@ void update_running(const OptionalTensor& running, const Tensor& batch, const Op
 
 // Returns the output, the primary maps before normalisation, and [mean, rstd] of both normalisations.
 std::tuple<Tensor, Tensor, Tensor, Tensor> train(
-    const Tensor& x, const Tensor& primary_weight, const Tensor& cheap_weight, const OptionalTensor& primary_bias,
-    const OptionalTensor& cheap_bias, const OptionalTensor& weight1, const OptionalTensor& bias1,
-    const OptionalTensor& mean1, const OptionalTensor& var1, const OptionalTensor& weight2, const OptionalTensor& bias2,
-    const OptionalTensor& mean2, const OptionalTensor& var2, double eps1, double eps2, int64_t out_channels,
-    int64_t activation, bool splice, bool batch1, bool batch2, double momentum1, double momentum2) {
-  const Problem p = problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice);
+    const Tensor& x, const OptionalTensor& primary_weight, const Tensor& cheap_weight,
+    const OptionalTensor& primary_bias, const OptionalTensor& cheap_bias, const OptionalTensor& weight1,
+    const OptionalTensor& bias1, const OptionalTensor& mean1, const OptionalTensor& var1, const OptionalTensor& weight2,
+    const OptionalTensor& bias2, const OptionalTensor& mean2, const OptionalTensor& var2, double eps1, double eps2,
+    int64_t out_channels, int64_t activation, bool splice, bool batch1, bool batch2, double momentum1, double momentum2,
+    int64_t stride, int64_t groups, bool tf32) {
+  const Problem p =
+      cpu_problem(problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice, stride, groups, tf32));
   const ScalarType type = compute_type(x);
   Parameters parameters(type);
   const Tensor dense = regular(x, p.channels_last);
-  const Tensor w1 = torch::stable::contiguous(primary_weight), w2 = torch::stable::contiguous(cheap_weight);
-  const Tensor out = new_map(x, out_channels, p.channels_last), raw = new_map(x, p.primary, p.channels_last);
+  const Tensor w1 = torch::stable::contiguous(*primary_weight), w2 = torch::stable::contiguous(cheap_weight);
+  const Tensor out = new_map(x, p, out_channels), raw = new_map(x, p, p.primary);
   const Tensor stats1 = new_tensor(x, {2, p.primary}, type), stats2 = new_tensor(x, {2, p.cheap()}, type);
   const Tensor fresh1 = new_tensor(x, {p.primary}, type), fresh2 = new_tensor(x, {p.cheap()}, type);
   const TrainArgs args{
@@ -204,25 +213,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train(
 
 // Gradients of x, primary_weight, cheap_weight (empty where not wanted) and of [weight, bias] of both normalisations.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad, const Tensor& x, const Tensor& primary_weight, const Tensor& cheap_weight, const Tensor& raw,
-    const Tensor& stats1, const Tensor& stats2, const OptionalTensor& weight1, const OptionalTensor& bias1,
-    const OptionalTensor& weight2, const OptionalTensor& bias2, int64_t activation, bool splice, bool batch1,
-    bool batch2, bool need_x, bool need_primary_weight) {
-  const Problem p = problem_of(x, primary_weight, cheap_weight, grad.dim() == 4 ? grad.size(1) : 0, activation, splice);
+    const Tensor& grad, const Tensor& x, const OptionalTensor& primary_weight, const Tensor& cheap_weight,
+    const Tensor& raw, const Tensor& stats1, const Tensor& stats2, const OptionalTensor& weight1,
+    const OptionalTensor& bias1, const OptionalTensor& weight2, const OptionalTensor& bias2, int64_t activation,
+    bool splice, bool batch1, bool batch2, bool need_x, bool need_primary_weight, int64_t stride, int64_t groups,
+    bool tf32) {
+  const Problem p = cpu_problem(problem_of(x, primary_weight, cheap_weight, grad.dim() == 4 ? grad.size(1) : 0,
+                                           activation, splice, stride, groups, tf32));
   const ScalarType type = compute_type(x);
-  check_like(grad, x, "grad");
-  check_like(raw, x, "raw");
-  auto same_map = [&](const Tensor& t, int64_t channels, const char* name) {
-    STD_TORCH_CHECK(
-        t.dim() == 4 && t.size(0) == p.batch && t.size(1) == channels && t.size(2) == p.height && t.size(3) == p.width,
-        name, " must be (", p.batch, ", ", channels, ", ", p.height, ", ", p.width, ")");
-  };
-  same_map(grad, p.out_channels, "grad");
-  same_map(raw, p.primary, "raw");
+  check_map(grad, x, p, p.out_channels, "grad");
+  check_map(raw, x, p, p.primary, "raw");
   auto statistics = [&](const Tensor& t, int64_t channels, const char* name) {
-    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == 2 && t.size(1) == channels && t.is_contiguous() && t.is_cpu() &&
-                        t.scalar_type() == type,
-                    name, " must be what fif_ops::train returned");
+    check_statistics(t, x, channels, name);
     const char* data = static_cast<const char*>(t.const_data_ptr());
     return std::pair<const void*, const void*>(data, data + channels * (type == ScalarType::Double ? 8 : 4));
   };
@@ -231,9 +233,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Parameters parameters(type);
   const bool last = p.channels_last;
   const Tensor dense = regular(x, last), dense_grad = regular(grad, last), dense_raw = regular(raw, last);
-  const Tensor w1 = torch::stable::contiguous(primary_weight), w2 = torch::stable::contiguous(cheap_weight);
+  const Tensor w1 = torch::stable::contiguous(*primary_weight), w2 = torch::stable::contiguous(cheap_weight);
   const ScalarType dtype = x.scalar_type();
-  Tensor grad_x = need_x ? new_map(x, p.in_channels, last) : new_tensor(x, {0}, dtype);
+  Tensor grad_x = need_x ? new_input(x, p) : new_tensor(x, {0}, dtype);
   Tensor grad_w1 = new_tensor(
       x, need_primary_weight ? std::vector<int64_t>{p.primary, p.in_channels, 1, 1} : std::vector<int64_t>{0}, dtype);
   Tensor grad_w2 = new_tensor(x, {p.cheap(), 1, p.kernel, p.kernel}, dtype);
@@ -283,23 +285,7 @@ __attribute__((visibility("default"))) const char* fif_ops_cpu_isas() {
 }
 }
 
-STABLE_TORCH_LIBRARY(fif_ops, m) {
-  m.def(
-      "infer(Tensor x, Tensor primary_weight, Tensor cheap_weight, Tensor? primary_bias, Tensor? cheap_bias, "
-      "Tensor? weight1, Tensor? bias1, Tensor? mean1, Tensor? var1, Tensor? weight2, Tensor? bias2, Tensor? mean2, "
-      "Tensor? var2, float eps1, float eps2, int out_channels, int activation, bool splice) -> Tensor");
-  m.def(
-      "train(Tensor x, Tensor primary_weight, Tensor cheap_weight, Tensor? primary_bias, Tensor? cheap_bias, "
-      "Tensor? weight1, Tensor? bias1, Tensor(a!)? mean1, Tensor(b!)? var1, Tensor? weight2, Tensor? bias2, "
-      "Tensor(c!)? mean2, Tensor(d!)? var2, float eps1, float eps2, int out_channels, int activation, bool splice, "
-      "bool batch1, bool batch2, float momentum1, float momentum2) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "backward(Tensor grad, Tensor x, Tensor primary_weight, Tensor cheap_weight, Tensor raw, Tensor stats1, Tensor "
-      "stats2, "
-      "Tensor? weight1, Tensor? bias1, Tensor? weight2, Tensor? bias2, int activation, bool splice, bool batch1, bool "
-      "batch2, "
-      "bool need_x, bool need_primary_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY(fif_ops, m) { fif::define_operators(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(fif_ops, CPU, m) {
   m.impl("infer", TORCH_BOX(&fif::infer));

@@ -18,18 +18,24 @@ enum class Dtype : int { f32, f64, bf16, f16 };
 enum class Activation : int { none, relu, relu6, hardswish, silu, gelu };
 
 struct Problem {
-  int64_t batch, in_channels, height, width;
-  int64_t primary;       // primary maps (M)
-  int64_t multiplier;    // cheap maps per primary map (S); map m's are m*S ... m*S + S-1
+  int64_t batch, in_channels;
+  int64_t in_height, in_width;  // of x
+  int64_t height, width;        // of the maps: every stride-th row and column of x
+  int64_t stride, groups;       // of the primary convolution
+  int64_t primary;              // primary maps (M)
+  int64_t multiplier;           // cheap maps per primary map (S); map m's are m*S ... m*S + S-1
   int64_t out_channels;  // channels kept of [primary maps, cheap maps], or of the cheap maps alone without splice
   int kernel;            // cheap kernel size: 1, 3, 5 or 7, zero padding (kernel - 1) / 2 *after* the activation
   Activation activation;
   bool splice;         // the primary maps come first in the output
   bool channels_last;  // of every activation tensor
+  bool has_primary;    // else x holds the primary maps before normalisation, made by another convolution
+  bool tf32;           // f32 products may round their factors to tf32
   Dtype dtype;         // of activations and convolution weights; normalisation is in the compute type (f32, or f64)
 
   FIF_PORTABLE int64_t pixels() const { return height * width; }
   FIF_PORTABLE int64_t cheap() const { return primary * multiplier; }
+  FIF_PORTABLE int64_t in_pixels() const { return in_height * in_width; }
   FIF_PORTABLE int64_t kept_primary() const { return splice ? primary : 0; }
 };
 

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .reference import Norm, compose
 
+# x, both weights, both biases; without a primary weight x holds the primary maps, which another convolution made.
+Convolutions = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
+
 
 class Options(NamedTuple):
     """What the operators take beside tensors; ``batch`` says which normalisation uses batch statistics."""
@@ -24,16 +27,24 @@ class Options(NamedTuple):
     splice: bool
     batch: tuple[bool, bool]
     momentum: tuple[float, float]
+    stride: int = 1
+    groups: int = 1
+    tf32: bool = False
+    namespace: str = "fif_ops"  # of the operators that run it
+
+    def operator(self, name: str) -> Any:
+        """infer, train or backward of the backend that was chosen."""
+        return getattr(getattr(torch.ops, self.namespace), name)
 
 
 class FusedUnit(torch.autograd.Function):
-    """Takes x, both convolutions' weights and biases, and weight, bias, running mean and variance of both norms."""
+    """Takes the ``Convolutions``, weight, bias, running mean and variance of both norms, and the options."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        primary_weight: Tensor,
+        primary_weight: Tensor | None,
         cheap_weight: Tensor,
         primary_bias: Tensor | None,
         cheap_bias: Tensor | None,
@@ -50,6 +61,8 @@ class FusedUnit(torch.autograd.Function):
         convolutions = (x, primary_weight, cheap_weight, primary_bias, cheap_bias)
         norms = (weight1, bias1, mean1, var1, weight2, bias2, mean2, var2)
         out, raw, stats1, stats2 = train(convolutions, norms, options)
+        if primary_weight is None:
+            raw = x
         ctx.save_for_backward(*convolutions, weight1, bias1, weight2, bias2, raw, stats1, stats2)
         ctx.options = options
         ctx.normed = (options.batch[0] or mean1 is not None, options.batch[1] or mean2 is not None)
@@ -64,7 +77,7 @@ class FusedUnit(torch.autograd.Function):
         need = ctx.needs_input_grad
         # The primary convolution's bias is part of the raw maps already.
         shift2 = bias2 if ctx.normed[1] else cheap_bias
-        grad_x, grad_w1, grad_w2, norm1, norm2 = torch.ops.fif_ops.backward(
+        grad_x, grad_w1, grad_w2, norm1, norm2 = options.operator("backward")(
             grad,
             x,
             w1,
@@ -81,6 +94,9 @@ class FusedUnit(torch.autograd.Function):
             *options.batch,
             need[0],
             need[1],
+            stride=options.stride,
+            groups=options.groups,
+            tf32=options.tf32,
         )
         return (
             grad_x if need[0] else None,
@@ -100,11 +116,26 @@ class FusedUnit(torch.autograd.Function):
         )
 
 
+def infer(convolutions: Convolutions, norms: tuple[Tensor | None, ...], options: Options) -> Tensor:
+    """The forward operator without gradients and batch statistics."""
+    return options.operator("infer")(
+        *convolutions,
+        *norms,
+        *options.eps,
+        options.out_channels,
+        options.activation_code,
+        options.splice,
+        stride=options.stride,
+        groups=options.groups,
+        tf32=options.tf32,
+    )
+
+
 def train(
-    convolutions: tuple[Tensor | None, ...], norms: tuple[Tensor | None, ...], options: Options
+    convolutions: Convolutions, norms: tuple[Tensor | None, ...], options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward operator that can use batch statistics: output, raw primary maps, [mean, rstd] of both norms."""
-    return torch.ops.fif_ops.train(
+    return options.operator("train")(
         *convolutions,
         *norms,
         *options.eps,
@@ -113,6 +144,9 @@ def train(
         options.splice,
         *options.batch,
         *options.momentum,
+        stride=options.stride,
+        groups=options.groups,
+        tf32=options.tf32,
     )
 
 
@@ -158,6 +192,8 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
         out_channels=options.out_channels,
         activation=options.activation,
         splice=options.splice,
+        stride=options.stride,
+        groups=options.groups,
     )
     # Positions of the nine saved inputs among forward's arguments.
     places = (0, 1, 2, 3, 4, 5, 6, 9, 10)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
-from .autograd import FusedUnit, Options, train
+from .autograd import Convolutions, FusedUnit, Options, infer, train
 from .checks import check_bias, check_norm, check_numbers, check_tensor, check_unit
 from .ops import ACTIVATION_CODES
 from .reference import Norm, compose
@@ -80,12 +81,10 @@ def feature_augment(
     check_norm("cheap_norm", cheap_norm, cheap_maps, x)
 
     norm1, norm2 = primary_norm or _NO_NORM, cheap_norm or _NO_NORM
-    convolutions = (x, primary_weight, cheap_weight, primary_bias, cheap_bias)
+    convolutions: Convolutions = (x, primary_weight, cheap_weight, primary_bias, cheap_bias)
     wants_grad = wants_gradients((*convolutions, norm1.weight, norm1.bias, norm2.weight, norm2.bias))
-    trains = wants_grad or norm1.training or norm2.training
-    problem = backends.Problem(
-        x, primary_weight, cheap_weight, stride, padding, groups, splice and out_channels < maps, trains
-    )
+    cuts_primary = splice and out_channels < maps
+    problem = backends.Problem(x, primary_weight, cheap_weight, stride, padding, groups, cuts_primary)
     chosen = backends.choose(problem, backend)
     if chosen is backends.REFERENCE:
         return compose(
@@ -104,7 +103,25 @@ def feature_augment(
             groups=groups,
             shared=shared,
         )
-    return _fused(convolutions, norm1, norm2, out_channels, activation, splice, wants_grad)
+    if not chosen.fuses_primary(problem):
+        maps_before_norm = F.conv2d(x, primary_weight, primary_bias, stride, padding, 1, groups)
+        convolutions = (maps_before_norm, None, cheap_weight, None, cheap_bias)
+        stride = groups = 1
+    norms = (*norm1[:4], *norm2[:4])
+    options = Options(
+        (norm1.eps, norm2.eps),
+        out_channels,
+        activation,
+        ACTIVATION_CODES[activation],
+        splice,
+        (norm1.training, norm2.training),
+        (norm1.momentum, norm2.momentum),
+        stride,
+        groups,
+        x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32,
+        chosen.namespace,
+    )
+    return _fused(convolutions, norms, options, wants_grad)
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -117,34 +134,16 @@ def wants_gradients(tensors: Iterable[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _fused(
-    convolutions: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
-    norm1: Norm,
-    norm2: Norm,
-    out_channels: int,
-    activation: str | None,
-    splice: bool,
-    wants_grad: bool,
-) -> Tensor:
+def _values_per_channel(x: Tensor, stride: int) -> int:
+    return x.shape[0] * -(x.shape[2] // -stride) * -(x.shape[3] // -stride)
+
+
+def _fused(convolutions: Convolutions, norms: tuple[Tensor | None, ...], options: Options, wants_grad: bool) -> Tensor:
     x = convolutions[0]
-    batch1, batch2 = norm1.training, norm2.training
-    if (batch1 or batch2) and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+    if any(options.batch) and _values_per_channel(x, options.stride) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
-    weight1, bias1, mean1, var1 = norm1[:4]
-    weight2, bias2, mean2, var2 = norm2[:4]
-    norms = (weight1, bias1, mean1, var1, weight2, bias2, mean2, var2)
-    code = ACTIVATION_CODES[activation]
-    if not (wants_grad or batch1 or batch2):
-        return torch.ops.fif_ops.infer(*convolutions, *norms, norm1.eps, norm2.eps, out_channels, code, splice)
-    options = Options(
-        (norm1.eps, norm2.eps),
-        out_channels,
-        activation,
-        code,
-        splice,
-        (batch1, batch2),
-        (norm1.momentum, norm2.momentum),
-    )
     if wants_grad:
         return FusedUnit.apply(*convolutions, *norms, options)
-    return train(convolutions, norms, options)[0]
+    if any(options.batch):
+        return train(convolutions, norms, options)[0]
+    return infer(convolutions, norms, options)

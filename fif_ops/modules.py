@@ -113,12 +113,8 @@ def explain(module: FusedFiF, x: Tensor) -> Explanation:
         return Explanation("reference", (("any kernel", "cheap kernels over several maps are shared"),))
     primary: Any = module.primary_conv[0]
     cheap: Any = module.cheap_operation[0]
-    norms = [_norm(stage[1]) for stage in (module.primary_conv, module.cheap_operation)]
-    trains = functional.wants_gradients((x, *module.parameters())) or any(n is not None and n.training for n in norms)
     # A unit makes ceil(out_channels / ratio) primary maps, which are never more than out_channels.
-    problem = backends.Problem(
-        x, primary.weight, cheap.weight, module.stride, module.padding, module.groups, False, trains
-    )
+    problem = backends.Problem(x, primary.weight, cheap.weight, module.stride, module.padding, module.groups, False)
     forced = backends.wanted(None)
     candidates = [backends.BACKENDS[forced]] if forced else list(backends.BACKENDS.values())
     refused = tuple((b.name, b.reason(problem)) for b in candidates if b.reason(problem))

@@ -85,47 +85,52 @@ def library_info() -> dict[str, Any]:
     }
 
 
-def _new_map(x: Tensor, channels: int) -> Tensor:
-    size = (x.shape[0], channels, x.shape[2], x.shape[3])
+def _new_map(x: Tensor, channels: int, stride: int = 1) -> Tensor:
+    size = (x.shape[0], channels, -(x.shape[2] // -stride), -(x.shape[3] // -stride))
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
-def _fake_infer(x: Tensor, primary_weight: Tensor, cheap_weight: Tensor, *rest: Any) -> Tensor:
-    out_channels, _activation, _splice = rest[-3:]
-    return _new_map(x, out_channels)
+def fake_infer(
+    x: Tensor, primary_weight: Tensor | None, cheap_weight: Tensor, *rest: Any, stride: int = 1, **_: Any
+) -> Tensor:
+    """What ``infer`` returns, without values; the operators of every backend share their fakes."""
+    return _new_map(x, rest[12], stride)
 
 
 def _compute_type(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _fake_train(x: Tensor, primary_weight: Tensor, cheap_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    out_channels = rest[12]
-    maps, cheap = primary_weight.shape[0], cheap_weight.shape[0]
+def fake_train(
+    x: Tensor, primary_weight: Tensor | None, cheap_weight: Tensor, *rest: Any, stride: int = 1, **_: Any
+) -> tuple[Tensor, ...]:
+    """What ``train`` returns, without values."""
+    maps, cheap = (x.shape[1] if primary_weight is None else primary_weight.shape[0]), cheap_weight.shape[0]
     kind = _compute_type(x)
     return (
-        _new_map(x, out_channels),
-        _new_map(x, maps),
+        _new_map(x, rest[12], stride),
+        x.new_empty(0) if primary_weight is None else _new_map(x, maps, stride),
         x.new_empty((2, maps), dtype=kind),
         x.new_empty((2, cheap), dtype=kind),
     )
 
 
-def _fake_backward(
-    grad: Tensor, x: Tensor, primary_weight: Tensor, cheap_weight: Tensor, *rest: Any
+def fake_backward(
+    grad: Tensor, x: Tensor, primary_weight: Tensor | None, cheap_weight: Tensor, raw: Tensor, *rest: Any, **_: Any
 ) -> tuple[Tensor, ...]:
-    need_x, need_primary_weight = rest[-2:]
+    """What ``backward`` returns, without values."""
+    need_x, need_primary_weight = rest[10:12]
     kind = _compute_type(x)
     return (
         _new_map(x, x.shape[1]) if need_x else x.new_empty(0),
-        x.new_empty(primary_weight.shape) if need_primary_weight else x.new_empty(0),
+        x.new_empty(0) if primary_weight is None or not need_primary_weight else x.new_empty(primary_weight.shape),
         x.new_empty(cheap_weight.shape),
-        x.new_empty((2, primary_weight.shape[0]), dtype=kind),
+        x.new_empty((2, raw.shape[1]), dtype=kind),
         x.new_empty((2, cheap_weight.shape[0]), dtype=kind),
     )
 
 
 if LOADED:
-    torch.library.register_fake("fif_ops::infer", _fake_infer)
-    torch.library.register_fake("fif_ops::train", _fake_train)
-    torch.library.register_fake("fif_ops::backward", _fake_backward)
+    torch.library.register_fake("fif_ops::infer", fake_infer)
+    torch.library.register_fake("fif_ops::train", fake_train)
+    torch.library.register_fake("fif_ops::backward", fake_backward)

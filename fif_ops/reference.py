@@ -70,7 +70,7 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 def compose(
     x: Tensor,
-    primary_weight: Tensor,
+    primary_weight: Tensor | None,
     cheap_weight: Tensor,
     *,
     primary_bias: Tensor | None = None,
@@ -87,18 +87,21 @@ def compose(
 ) -> Tensor:
     """The unit as a composition of torch functions: any dtype and device, differentiable twice.
 
-    x: (B, C, H, W). primary_weight: (M, C/groups, k, k). cheap_weight: (N, c, d, d) with d odd, or (n, c, d, d) if
-    ``shared``, when all M/c groups of maps use the same n kernels, so that N = n * M/c. primary_bias: (M);
+    x: (B, C, H, W). primary_weight: (M, C/groups, k, k), or None if x holds the primary maps already. cheap_weight:
+    (N, c, d, d) with d odd, or (n, c, d, d) if ``shared``, when all M/c groups of maps use the same n kernels, so that
+    N = n * M/c. primary_bias: (M);
     cheap_bias: (N), or (n) if ``shared``. padding: of the primary convolution, k // 2 if None.
     Returns (B, out_channels, H', W') in x's memory format, always a fresh tensor: y before z if ``splice``, else z;
     kernel s of map m at channel m*S + s; cut to ``out_channels`` if given. Normalisation, then activation, follow each
     convolution, and the zero padding of the cheap one comes after that activation.
     Source: S0 [0142]-[0197].
     """
-    primary_padding = primary_weight.shape[-1] // 2 if padding is None else padding
-    y = F.conv2d(x, primary_weight, primary_bias, stride, primary_padding, 1, groups)
+    y = x
+    if primary_weight is not None:
+        primary_padding = primary_weight.shape[-1] // 2 if padding is None else padding
+        y = F.conv2d(x, primary_weight, primary_bias, stride, primary_padding, 1, groups)
     y = _norm_activation(y, primary_norm, activation)
-    matrix_groups = primary_weight.shape[0] // cheap_weight.shape[1]
+    matrix_groups = y.shape[1] // cheap_weight.shape[1]
     z = _cheap_convolution(y, cheap_weight, cheap_bias, matrix_groups, shared)
     z = _norm_activation(z, cheap_norm, activation)
     return _assemble(y, z, out_channels, splice, memory_format_of(x))

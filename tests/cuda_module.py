@@ -1,4 +1,4 @@
-"""Builds the CUDA sources over the simulator as a Python module, with ninja, and calls its kernels on torch tensors."""
+"""Builds the CUDA operators over the simulator, with ninja: torch.ops.fif_ops_simulated, which take CPU tensors."""
 
 import importlib.util
 import os
@@ -11,87 +11,56 @@ from pathlib import Path
 import torch
 from cusim import toolchain
 
-from fif_ops.ops import ACTIVATION_CODES
-from fif_ops.reference import memory_format_of
+from fif_ops import ops
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "build/cusim"
-DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+# What FIF_OPS_CUSIM_MODE may be. Without optimisation the sanitized modules compile in seconds, and nothing is optimised
+# away before it is checked.
+MODES = {
+    "plain": "-O2",
+    "address": "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    "thread": "-O0 -g1 -fsanitize=thread",
+    "coverage": "-O0 --coverage",
+}
+MODE = os.environ.get("FIF_OPS_CUSIM_MODE", "plain")
+
+
+def build(mode=MODE, root=ROOT):
+    """The module of a mode, rebuilt as far as the sources in `root` have changed."""
+    import pybind11
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    compiler, folder = os.environ.get("CXX", "g++"), f"build/cusim/{mode}"
+    system = (toolchain.cuda_include(), sysconfig.get_path("include"), pybind11.get_include(), *include_paths())
+    includes = " ".join(["-I tests/cusim/host -I csrc -I tests/cusim", *(f"-isystem {path}" for path in system)])
+    torch_flags = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL -DTORCH_STABLE_ONLY"
+    flags = f"-std=c++20 {MODES[mode]} -fno-strict-aliasing -w -fPIC -fvisibility=hidden {torch_flags} {includes}"
+    libraries = " ".join([*(f"-L{path}" for path in library_paths()), "-ltorch_cpu -ltorch -lc10"])
+    own = [*sorted((root / "csrc/cuda").glob("*.cu")), *sorted((root / "csrc/cuda").glob("*.cpp"))]
+    sources = [*own, root / "csrc/operators.cpp", root / "tests/cusim/module.cpp"]
+    lines = [
+        f"rule compile\n  command = {compiler} {flags} -include tests/cusim/cusim.h -x c++ "
+        "-MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        f"rule link\n  command = {compiler} {MODES[mode]} -shared $in -o $out {libraries}",
+        *(f"build {folder}/{s.stem}.o: compile {s.relative_to(root)}" for s in sources),
+        f"build {folder}/cuda_sim.so: link {' '.join(f'{folder}/{s.stem}.o' for s in sources)}",
+    ]
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / folder / "build.ninja").write_text(f"builddir = {folder}\n" + "\n".join(lines) + "\n")
+    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    command = [ninja, "-f", f"{folder}/build.ninja", "-j2", "--quiet"]
+    # The compiler is not to run under a sanitizer that this process may have been started with.
+    subprocess.run(command, cwd=root, env={**os.environ, "LD_PRELOAD": ""}, check=True)
+    return root / folder / "cuda_sim.so"
 
 
 def load():
-    """The module, rebuilt as far as its sources have changed."""
-    import pybind11
-
-    includes = f"-I csrc -I tests/cusim -isystem {toolchain.cuda_include()} -isystem {sysconfig.get_path('include')}"
-    flags = (
-        f"-std=c++20 -O2 -fno-strict-aliasing -w -fPIC -fvisibility=hidden {includes} -isystem {pybind11.get_include()}"
-    )
-    sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "tests/cusim/module.cpp"]
-    lines = [
-        f"rule compile\n  command = {os.environ.get('CXX', 'g++')} {flags} -include tests/cusim/cusim.h -x c++ "
-        "-MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {os.environ.get('CXX', 'g++')} -shared $in -o $out",
-        *(f"build {FOLDER}/{s.stem}.o: compile {s.relative_to(ROOT)}" for s in sources),
-        f"build {FOLDER}/cuda_sim.so: link {' '.join(f'{FOLDER}/{s.stem}.o' for s in sources)}",
-    ]
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / "build.ninja").write_text(f"builddir = {FOLDER}\n" + "\n".join(lines) + "\n")
-    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    subprocess.run([ninja, "-f", FOLDER / "build.ninja", "-j2", "--quiet"], cwd=ROOT, check=True)
-    spec = importlib.util.spec_from_file_location("cuda_sim", FOLDER / "cuda_sim.so")
+    """The module of the mode that FIF_OPS_CUSIM_MODE names, built first."""
+    path = build()
+    torch.ops.load_library(path)
+    for name in ("infer", "train", "backward"):
+        torch.library.register_fake(f"fif_ops_simulated::{name}", getattr(ops, f"fake_{name}"))
+    spec = importlib.util.spec_from_file_location("cuda_sim", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def infer(module, x, primary_weight, cheap_weight, *, primary_norm, cheap_norm, out_channels, activation, splice):
-    """One launch on the simulator: the output, NaN where the kernel wrote nothing, and the plan that it followed."""
-    last = memory_format_of(x) == torch.channels_last
-    layout = torch.channels_last if last else torch.contiguous_format
-    size = (x.shape[0], out_channels, *x.shape[2:])
-    out = torch.full(size, float("nan"), dtype=x.dtype).contiguous(memory_format=layout)
-
-    def pointer(t):
-        return 0 if t is None else t.data_ptr()
-
-    def norm(n):
-        return {
-            "conv_bias": 0,
-            "weight": pointer(n.weight),
-            "bias": pointer(n.bias),
-            "mean": pointer(n.running_mean),
-            "variance": pointer(n.running_var),
-            "eps": n.eps,
-            "is_float": n.running_mean.dtype == torch.float32,
-        }
-
-    def tensor(t):
-        step = t.stride(1)
-        if last:
-            step = t.stride(3) if t.shape[3] > 1 else t.stride(2) if t.shape[2] > 1 else t.shape[1]
-        return {"data": t.data_ptr(), "batch": t.stride(0), "step": step}
-
-    plan = module.infer(
-        {
-            "batch": x.shape[0],
-            "in_channels": x.shape[1],
-            "height": x.shape[2],
-            "width": x.shape[3],
-            "primary": primary_weight.shape[0],
-            "multiplier": cheap_weight.shape[0] // primary_weight.shape[0],
-            "out_channels": out_channels,
-            "kernel": cheap_weight.shape[2],
-            "activation": ACTIVATION_CODES[activation],
-            "splice": splice,
-            "channels_last": last,
-            "dtype": DTYPES[x.dtype],
-            "x": tensor(x),
-            "out": tensor(out),
-            "primary_weight": pointer(primary_weight),
-            "cheap_weight": pointer(cheap_weight),
-            "primary_norm": norm(primary_norm),
-            "cheap_norm": norm(cheap_norm),
-        }
-    )
-    return out, plan

@@ -29,13 +29,17 @@ class Problem(NamedTuple):
     padding: int
     groups: int
     cuts_primary: bool  # out_channels drops some of the primary maps
-    trains: bool  # gradients or batch statistics are wanted
 
 
 class Backend:
     """A way to run units; reasons say why this machine, or this problem, rules it out ("" if it does not)."""
 
     name: str
+    namespace: str  # of its operators infer, train and backward in torch.ops
+
+    def fuses_primary(self, problem: Problem) -> bool:
+        """Whether the operators do the primary convolution too; else torch does it, and they take its maps."""
+        return True
 
     def unavailable(self) -> str:
         """Why this backend can run nothing here, or ""."""
@@ -55,36 +59,43 @@ class Backend:
 
 class _Reference(Backend):
     name = "reference"
+    namespace = ""
 
 
 class _Kernels(Backend):
     """The binary kernels of one kind of device."""
 
+    namespace = "fif_ops"
     device: str
     dtypes: tuple[torch.dtype, ...]
     cheap_sizes: tuple[int, ...]
 
     def reason(self, problem: Problem) -> str:
-        x, primary, cheap, stride, padding, groups, cuts_primary, _ = problem
+        x, cheap = problem.x, problem.cheap_weight
         if x.device.type != self.device:
             return f"x is on {x.device}, not on {self.device}"
         if self.unavailable():
             return self.unavailable()
         if x.dtype not in self.dtypes:
             return f"x is {x.dtype}, not one of {', '.join(str(dtype) for dtype in self.dtypes)}"
-        if primary.shape[2] != 1 or primary.shape[3] != 1 or padding != 0:
-            return f"the primary kernel is {primary.shape[2]}x{primary.shape[3]}, padding {padding}, not 1x1 without"
-        if stride != 1:
-            return f"the primary stride is {stride}, not 1"
-        if groups != 1:
-            return f"the primary convolution has {groups} groups, not 1"
+        if reason := self.primary_reason(problem):
+            return reason
         if cheap.shape[1] != 1:
             return f"a cheap kernel reads {cheap.shape[1]} primary maps, not 1"
         if cheap.shape[2] not in self.cheap_sizes:
             return f"the cheap kernel size is {cheap.shape[2]}, not one of {', '.join(map(str, self.cheap_sizes))}"
-        if cuts_primary:
+        if problem.cuts_primary:
             return "out_channels drops some of the primary maps"
         return "x is empty" if x.numel() == 0 else ""
+
+    def primary_reason(self, problem: Problem) -> str:
+        """Why the operators cannot do the primary convolution, or ""."""
+        primary, stride, padding, groups = problem.primary_weight, problem.stride, problem.padding, problem.groups
+        if primary.shape[2] != 1 or primary.shape[3] != 1 or padding != 0:
+            return f"the primary kernel is {primary.shape[2]}x{primary.shape[3]}, padding {padding}, not 1x1 without"
+        if stride != 1:
+            return f"the primary stride is {stride}, not 1"
+        return "" if groups == 1 else f"the primary convolution has {groups} groups, not 1"
 
 
 class _Cpu(_Kernels):
@@ -99,6 +110,8 @@ class _Cpu(_Kernels):
 
 
 class _Cuda(_Kernels):
+    """Any primary convolution: what the kernels do not fuse, torch's convolution does before them."""
+
     name = device = "cuda"
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     cheap_sizes = (3, 5)
@@ -110,11 +123,18 @@ class _Cuda(_Kernels):
             return "the library was built without nvcc"
         return "" if torch.cuda.is_available() else "torch finds no NVIDIA GPU"
 
-    def reason(self, problem: Problem) -> str:
-        reason = super().reason(problem)
-        if not reason and problem.trains:
-            return "the kernels for GPUs do inference only: no gradients, no batch statistics"
-        return reason
+    def fuses_primary(self, problem: Problem) -> bool:
+        primary = problem.primary_weight
+        # A block of the kernels works on maps of one group: few maps would leave it idle.
+        wide_groups = problem.groups == 1 or primary.shape[0] >= 8 * problem.groups
+        return primary.shape[2] == primary.shape[3] == 1 and problem.padding == 0 and wide_groups
+
+    def primary_reason(self, problem: Problem) -> str:
+        major, minor = torch.cuda.get_device_capability(problem.x.device)
+        oldest = min(map(int, ops.CUDA_ARCHS))
+        return (
+            "" if 10 * major + minor >= oldest else f"{problem.x.device} is sm_{major}{minor}, older than sm_{oldest}"
+        )
 
 
 _ORDER: tuple[Backend, ...] = (_Cuda(), _Cpu(), _Reference())
