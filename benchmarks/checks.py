@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,14 +13,6 @@ from torch import Tensor, nn
 from fif_ops import FeatureAugment
 
 from .shapes import Task
-
-# Relative L2 errors in float32. Twice what the plain float32 composition of the same layout shows is allowed too, since
-# batch statistics can be ill-conditioned, and so is what rounding does to gradients at relu's kink; but never more than
-# the ceiling. Torch's batch statistics of channels_last maps lose most: 2e-2 in the gradients of a whole network.
-INFERENCE_LIMIT, TRAINING_LIMIT = 1e-5, 1e-4
-UNIT_CEILING, NETWORK_CEILING = 1e-2, 5e-2
-# Normalised values this near to 0 get either sign in float32, and of some million values a few are that near.
-KINK = 3e-6
 
 
 class WrongResult(AssertionError):
@@ -45,6 +38,13 @@ def names(task: Task) -> list[str]:
     return ["result", *(f"gradient of {name}" for name in inputs), *statistics]
 
 
+def _dtypes(task: Task) -> list[torch.dtype]:
+    if not task.training:
+        return [task.precision.dtype]
+    others = (*differentiable(task.module, task.x), *running_statistics(task.module))
+    return [task.precision.dtype, *(tensor.dtype for tensor in others)]
+
+
 def as_tensors(task: Task, returned: Any) -> dict[str, Tensor]:
     """A peer's values by name. Raises WrongResult unless they are as many as ``names`` has."""
     values = [torch.as_tensor(v) for v in (returned if isinstance(returned, (tuple, list)) else [returned])]
@@ -63,6 +63,7 @@ class Truth:
         # In a deep network single gradients all but vanish; there, all gradients count as one long vector.
         self.pooled = not isinstance(task.module, FeatureAugment)
         self.values = self._group(_run(task, torch.float64))
+        self._dtypes = dict(zip(names(task), _dtypes(task), strict=True))
         self._limits: dict[bool, dict[str, float]] = {}
 
     def limits(self, channels_last: bool) -> dict[str, float]:
@@ -72,20 +73,22 @@ class Truth:
         return self._limits[channels_last]
 
     def _find_limits(self, channels_last: bool) -> dict[str, float]:
-        own = self._errors(_run(self.task, torch.float32, channels_last))
-        errors, least = [own], INFERENCE_LIMIT
-        if self.task.training:
-            kink, least = max(KINK, 2 * own["result"]), TRAINING_LIMIT
+        precision = self.task.precision
+        own = self._errors(_run(self.task, channels_last=channels_last))
+        errors = [own]
+        if self.task.training and precision.kink:
+            kink = max(precision.kink, 2 * own["result"])
             errors += [self._errors(_run(self.task, torch.float64, kink=side)) for side in (-kink, kink)]
-        ceiling = NETWORK_CEILING if self.pooled else UNIT_CEILING
+        least = precision.training_limit if self.task.training else precision.inference_limit
+        ceiling = precision.network_ceiling if self.pooled else precision.unit_ceiling
         return {name: max(least, min(2 * max(e[name] for e in errors), ceiling)) for name in self.values}
 
     def check(self, peer: str, channels_last: bool, returned: Any) -> float:
         """The largest relative error of the values that ``peer`` returned. Raises WrongResult if it is too large."""
         values = as_tensors(self.task, returned)
         for name, value in values.items():
-            if value.dtype != torch.float32:
-                raise WrongResult(f"{peer} on {self.task.name}: {name} is {value.dtype}, must be torch.float32")
+            if value.dtype != self._dtypes[name]:
+                raise WrongResult(f"{peer} on {self.task.name}: {name} is {value.dtype}, must be {self._dtypes[name]}")
         try:
             errors = self._errors(values)
         except ValueError as error:
@@ -136,16 +139,23 @@ class _ReLU(torch.autograd.Function):
         return grad * ctx.saved_tensors[0], None
 
 
-def _run(task: Task, dtype: torch.dtype, channels_last: bool = False, kink: float = 0.0) -> dict[str, Tensor]:
+def _run(
+    task: Task, dtype: torch.dtype | None = None, channels_last: bool = False, kink: float = 0.0
+) -> dict[str, Tensor]:
+    """The task's values by the plain module: all in ``dtype``, or as the task has them."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     module = copy.deepcopy(task.module).to(dtype=dtype, memory_format=layout)
     for part in module.modules():
         if isinstance(part, nn.ReLU) and kink:
             part.forward = lambda x: _ReLU.apply(x, kink)
-    x = task.x.detach().to(dtype, memory_format=layout).requires_grad_(task.x.requires_grad)
-    if task.upstream is None:
-        with torch.inference_mode():
-            return as_tensors(task, module(x))
-    result = module(x)
-    gradients = torch.autograd.grad(result, differentiable(module, x), task.upstream.to(dtype))
+    x = task.x.detach().to(dtype or task.x.dtype, memory_format=layout).requires_grad_(task.x.requires_grad)
+    autocast = contextlib.nullcontext() if dtype else task.autocast()
+    with task.precision.switched(x.device):
+        if task.upstream is None:
+            with torch.inference_mode(), autocast:
+                return as_tensors(task, module(x))
+        with autocast:
+            result = module(x)
+        upstream = task.upstream.to(result.dtype)
+        gradients = torch.autograd.grad(result, differentiable(module, x), upstream)
     return as_tensors(task, (result, *gradients, *running_statistics(module)))

@@ -72,7 +72,7 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Rac
                 return race
             race.time(pace, floor)
             benchmark.group = suite
-            benchmark.extra_info.update(record(suite, race, config.getoption("--threads")))
+            benchmark.extra_info.update(race.record(suite))
             fastest = race.best("fused") or "fused nchw"
             with race.conditions():
                 benchmark.pedantic(race.steps[fastest], rounds=5, iterations=race.timings[fastest].repeats)
@@ -82,24 +82,3 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Rac
         return race
 
     return compare
-
-
-def record(suite: str, race: Race, threads: int) -> dict[str, Any]:
-    """What the JSON file keeps of a race; times in seconds."""
-    return {
-        "suite": suite,
-        "task": race.task.name,
-        "threads": threads,
-        "dtype": str(race.task.x.dtype).removeprefix("torch."),
-        "peers": {
-            peer.name: {
-                "family": peer.family,
-                "channels_last": peer.channels_last,
-                "relative_error": race.errors[peer.name],
-                **race.timings[peer.name]._asdict(),
-            }
-            for peer in race.peers
-        },
-        "skipped": race.skipped,
-        "floor": {"met": race.floor_met, "speed_ups": race.speed_ups} if race.speed_ups else None,
-    }

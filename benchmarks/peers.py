@@ -27,9 +27,11 @@ from .shapes import Task
 
 Step = Callable[[], Any]
 SUITES = ("inference", "training", "host", "network")
+# The backends that are the fused unit on a kind of device.
+KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
-def _always() -> str:
+def always() -> str:
     return ""
 
 
@@ -44,11 +46,11 @@ class Peer(NamedTuple):
     family: str
     channels_last: bool
     make: Callable[[Task], Step]
-    unavailable: Callable[[], str] = _always
+    unavailable: Callable[[], str] = always
     default_in: tuple[str, ...] = SUITES
 
 
-def _torch_step(task: Task, prepare: Callable[[nn.Module], nn.Module], channels_last: bool) -> Step:
+def torch_step(task: Task, prepare: Callable[[nn.Module], nn.Module], channels_last: bool) -> Step:
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def place(t: Tensor) -> Tensor:
@@ -59,13 +61,21 @@ def _torch_step(task: Task, prepare: Callable[[nn.Module], nn.Module], channels_
     if task.upstream is None:
         return functools.partial(twin, x)
     x.requires_grad_(task.x.requires_grad)
-    upstream, wanted, buffers = place(task.upstream), differentiable(twin, x), running_statistics(twin)
+    return TrainingStep(twin, x, place(task.upstream), task)
 
-    def step() -> tuple[Tensor, ...]:
-        result = twin(x)
-        return result, *torch.autograd.grad(result, wanted, upstream), *buffers
 
-    return step
+class TrainingStep:
+    """Forward and backward: the result, the gradients and the running statistics, in the order of ``checks.names``."""
+
+    def __init__(self, module: nn.Module, x: Tensor, upstream: Tensor, task: Task) -> None:
+        self.module, self.x, self.upstream = module, x, upstream
+        self.wanted, self.buffers = differentiable(module, x), running_statistics(module)
+        self.autocast = task.autocast()  # one object for all calls: they never nest
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        with self.autocast:
+            result = self.module(self.x)
+        return result, *torch.autograd.grad(result, self.wanted, self.upstream), *self.buffers
 
 
 def fused(module: nn.Module) -> nn.Module:
@@ -77,28 +87,29 @@ def fused(module: nn.Module) -> nn.Module:
     return module
 
 
-def _make_fused(task: Task, channels_last: bool) -> Step:
+def make_fused(task: Task, channels_last: bool) -> Step:
     if isinstance(task.module, FeatureAugment):
-        why = explain(FusedFiF.from_reference(task.module), task.x)
-        if why.backend == "reference":
+        with torch.set_grad_enabled(task.training):
+            why = explain(FusedFiF.from_reference(task.module), task.x)
+        if why.backend not in KERNELS[task.x.device.type]:
             raise RuntimeError(f"{task.name} would time the reference as the fused unit: {why}")
-    return _torch_step(task, fused, channels_last)
+    return torch_step(task, fused, channels_last)
 
 
-def _make_eager(task: Task, channels_last: bool) -> Step:
-    return _torch_step(task, lambda module: module, channels_last)
+def make_eager(task: Task, channels_last: bool) -> Step:
+    return torch_step(task, lambda module: module, channels_last)
 
 
-def _make_compiled(task: Task, channels_last: bool) -> Step:
+def make_compiled(task: Task, channels_last: bool) -> Step:
     # fullgraph: a graph break, or one compilation too many, must be an error, not a silent return to eager mode.
-    return _torch_step(task, functools.partial(torch.compile, dynamic=False, fullgraph=True), channels_last)
+    return torch_step(task, functools.partial(torch.compile, dynamic=False, fullgraph=True), channels_last)
 
 
 def _fused_unavailable() -> str:
     return backends.BACKENDS["cpu"].unavailable()
 
 
-def _compiler_unavailable() -> str:
+def compiler_unavailable() -> str:
     named = os.environ.get("CXX")
     if not any(map(shutil.which, [named] if named else ["c++", "g++", "clang++"])):
         return f"no C++ compiler ({named or 'c++, g++, clang++'}) on the PATH, which torch.compile needs"
@@ -106,7 +117,7 @@ def _compiler_unavailable() -> str:
     return "" if header.is_file() else f"no {header}, which torch.compile needs"
 
 
-def _both_layouts(family: str, make: Callable[..., Step], **options: Any) -> list[Peer]:
+def both_layouts(family: str, make: Callable[..., Step], **options: Any) -> list[Peer]:
     return [
         Peer(f"{family} {name}", family, last, functools.partial(make, channels_last=last), **options)
         for name, last in (("nchw", False), ("nhwc", True))
@@ -116,9 +127,9 @@ def _both_layouts(family: str, make: Callable[..., Step], **options: Any) -> lis
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        *_both_layouts("fused", _make_fused, unavailable=_fused_unavailable),
-        *_both_layouts("eager", _make_eager),
-        *_both_layouts("compile", _make_compiled, unavailable=_compiler_unavailable, default_in=("inference",)),
+        *both_layouts("fused", make_fused, unavailable=_fused_unavailable),
+        *both_layouts("eager", make_eager),
+        *both_layouts("compile", make_compiled, unavailable=compiler_unavailable, default_in=("inference",)),
     )
 }
 

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
-from rich import box
-from rich.console import Console
-from rich.table import Table
+
+if TYPE_CHECKING:  # imported where tables are printed: a machine with a GPU may have no rich
+    from rich.console import Console
+    from rich.table import Table
 
 TITLES = {
     "inference": "Unit, inference",
@@ -58,7 +60,7 @@ class Row(NamedTuple):
 def columns(records: Sequence[dict]) -> list[Column]:
     """One column for each family of rivals, then all rivals together: in any layout, and layout by layout."""
     families = dict.fromkeys(
-        peer["family"] for record in records for peer in record["peers"].values() if peer["family"] != "fused"
+        peer["family"] for record in records for peer in record["peers"].values() if is_rival(peer)
     )
     return [
         *(Column(f"vs {family}", family) for family in families),
@@ -68,17 +70,23 @@ def columns(records: Sequence[dict]) -> list[Column]:
     ]
 
 
+def is_rival(peer: dict) -> bool:
+    """Whether a peer competes with the fused unit; not so other ways to run that, nor replayed graphs, which need
+    the same of both."""
+    return not peer["family"].startswith("fused") and not peer["family"].endswith("graph")
+
+
 def row(record: dict, wanted: Sequence[Column]) -> Row:
     """The ratios of one record (what ``extra_info`` holds)."""
     peers = record["peers"].values()
     fused = [peer for peer in peers if peer["family"] == "fused"]
-    rivals = [peer for peer in peers if peer["family"] != "fused"]
+    rivals = [peer for peer in peers if is_rival(peer)]
     ratios: list[float | None] = []
     for column in wanted:
         theirs = column.best(p for p in rivals if column.family in (None, p["family"]))
         ours = column.best(fused)
         ratios.append(None if theirs is None or ours is None else theirs / ours)
-    return Row(record["task"], min(p["median"] for p in fused), ratios)
+    return Row(record["task"], min((p["median"] for p in fused), default=float("nan")), ratios)
 
 
 def summaries(rows: Sequence[Row]) -> tuple[list[float | None], list[float | None]]:
@@ -124,6 +132,9 @@ def describe(machine: dict[str, Any]) -> str:
     """The machine in a line."""
     if not machine:
         return "machine unknown"
+    if "device" in machine:
+        cuda = f", CUDA {machine['cuda']}, driver {machine['driver']}" if "cuda" in machine else ""
+        return f"{machine['device']}{cuda}, torch {machine['torch']}, fif_ops {machine['fif_ops']}"
     return (
         f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} thread(s) of {machine['cores']} "
         f"cores, torch {machine['torch']}, fif_ops {machine['fif_ops']}"
@@ -131,6 +142,9 @@ def describe(machine: dict[str, Any]) -> str:
 
 
 def _table(title: str, records: Sequence[dict]) -> Table:
+    from rich import box
+    from rich.table import Table
+
     wanted = columns(records)
     rows = [row(record, wanted) for record in records]
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
@@ -149,6 +163,8 @@ def _table(title: str, records: Sequence[dict]) -> Table:
 
 
 def _time(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "-"
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
@@ -177,6 +193,8 @@ def _draw(axes: Axes, title: str, records: Sequence[dict]) -> None:
     places = range(len(rows))
     for index, column in enumerate(families):
         points = [(ratio, place) for place, line in enumerate(rows) if (ratio := line.ratios[index]) is not None]
+        if not points:
+            continue
         mean = geometric_mean([ratio for ratio, _ in points])
         colour = COLOURS[index % len(COLOURS)]
         label = f"{column.family} (geometric mean {mean:.2f})"
@@ -206,6 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+    from rich.console import Console
+
     target = options.plot or options.file.with_suffix(".png")
     console = Console()
     show(console, suites, machine)

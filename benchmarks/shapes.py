@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from fif_ops import FeatureAugment
 from fif_ops.models import hwnet
+
+from .precision import FP32, Precision
 
 
 class Shape(NamedTuple):
@@ -20,10 +23,11 @@ class Shape(NamedTuple):
     batch: int = 1
     ratio: int = 2
     kernel_size: int = 1
+    activation: str | None = "relu"
 
     @property
     def name(self) -> str:
-        """As tables show it: "64-32@28 b16"; what differs from ratio 2 and a 1x1 primary kernel comes first."""
+        """As tables show it: "64-32@28 b16"; what differs from ratio 2, a 1x1 primary kernel and relu comes first."""
         return f"{self._variant(' ')}{self.in_channels}-{self.primary}@{self.size} b{self.batch}"
 
     @property
@@ -33,7 +37,9 @@ class Shape(NamedTuple):
 
     def _variant(self, separator: str) -> str:
         ratio = f"S{self.ratio}{separator}" if self.ratio != 2 else ""
-        return ratio + (f"k{self.kernel_size}{separator}" if self.kernel_size != 1 else "")
+        kernel = f"k{self.kernel_size}{separator}" if self.kernel_size != 1 else ""
+        activation = f"{self.activation or 'linear'}{separator}" if self.activation != "relu" else ""
+        return ratio + kernel + activation
 
 
 SHAPES = (
@@ -66,43 +72,79 @@ HOST_SHAPE = Shape(16, 8, 2, batch=8)
 
 
 class Task(NamedTuple):
-    """What all peers do: ``module`` is the float32 reference, ``x`` its input in NCHW.
+    """What all peers do: ``module`` is the reference, ``x`` its input in NCHW, both on the device that does it.
 
-    Without ``upstream`` the task is inference. With it, the task is a forward pass in training mode and the backward
-    pass from ``upstream``, the gradient of the result, to all parameters and to ``x`` if that requires one.
+    Without ``upstream`` the task is inference, and module and x are of the precision's dtype. With it, the task is a
+    forward pass in training mode and the backward pass from ``upstream``, the gradient of the result, to all parameters
+    and to ``x`` if that requires one; the parameters are float32 then, and 16-bit precisions mean autocast.
     """
 
     name: str
     module: nn.Module
     x: Tensor
     upstream: Tensor | None
+    precision: Precision = FP32
 
     @property
     def training(self) -> bool:
         return self.upstream is not None
 
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """What the forward pass runs under."""
+        if not self.training or self.precision.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.x.device.type, self.precision.dtype)
 
-def unit_task(shape: Shape, training: bool = False) -> Task:
-    """The unit of this shape: convolution, normalisation and relu for primary and cheap maps alike."""
+
+def unit_task(
+    shape: Shape, training: bool = False, precision: Precision = FP32, device: str | torch.device = "cpu"
+) -> Task:
+    """The unit of this shape: convolution, normalisation and activation for primary and cheap maps alike."""
     torch.manual_seed(0)
     channels = shape.primary * shape.ratio
-    unit = FeatureAugment(shape.in_channels, channels, shape.kernel_size, shape.ratio)
+    unit = FeatureAugment(shape.in_channels, channels, shape.kernel_size, shape.ratio, activation=shape.activation)
     randomise_norms(unit)
-    x = torch.randn(shape.batch, shape.in_channels, shape.size, shape.size)
-    upstream = torch.randn(shape.batch, channels, *unit.output_size(shape.size, shape.size)) if training else None
-    return Task(shape.name + " training" * training, unit.train(training), x.requires_grad_(training), upstream)
+    x = torch.randn(shape.batch, shape.in_channels, shape.size, shape.size, device=device)
+    size = (shape.batch, channels, *unit.output_size(shape.size, shape.size))
+    upstream = torch.randn(size, device=device) if training else None
+    return make_task(shape.name, unit, x.requires_grad_(training), upstream, precision)
 
 
-def network_task(in_size: int, batch: int, training: bool = False) -> Task:
-    """HWNet 1.0 on images of ``in_size`` x ``in_size`` pixels; training leaves out the optimiser, which all share."""
+def network_task(
+    in_size: int,
+    batch: int,
+    training: bool = False,
+    precision: Precision = FP32,
+    device: str | torch.device = "cpu",
+    network: nn.Module | None = None,
+    name: str = "HWNet 1.0",
+) -> Task:
+    """HWNet 1.0, or another classifier of 1000 kinds (10 of small images), on images of ``in_size`` x ``in_size``.
+
+    Training leaves out the optimiser, which all peers share.
+    """
     torch.manual_seed(0)
     classes = 1000 if in_size > 64 else 10
-    network = hwnet(1.0, num_classes=classes, in_size=in_size, fused=False)
+    if network is None:
+        network = hwnet(1.0, num_classes=classes, in_size=in_size, fused=False)
     randomise_norms(network)
     # The gradient that the mean cross-entropy of an untrained network has, about.
     upstream = (torch.rand(batch, classes).softmax(1) - torch.eye(classes)[torch.arange(batch) % classes]) / batch
-    name = f"HWNet 1.0@{in_size} b{batch}" + " training" * training
-    return Task(name, network.train(training), torch.randn(batch, 3, in_size, in_size), upstream if training else None)
+    if precision.dtype == torch.float16:
+        upstream *= 1024  # as loss scaling does, since gradients vanish in float16
+    x = torch.randn(batch, 3, in_size, in_size, device=device)
+    return make_task(f"{name}@{in_size} b{batch}", network, x, upstream if training else None, precision)
+
+
+def make_task(name: str, module: nn.Module, x: Tensor, upstream: Tensor | None, precision: Precision = FP32) -> Task:
+    """A task on x's device in this precision, from float32 values."""
+    training = upstream is not None
+    module = module.to(x.device).train(training)
+    if upstream is None:
+        return Task(name, module.to(precision.dtype), x.detach().to(precision.dtype), None, precision)
+    x = x.detach().to(precision.dtype).requires_grad_(x.requires_grad)
+    upstream = upstream.to(x.device, precision.dtype)
+    return Task(f"{name} training", module, x, upstream, precision)
 
 
 def randomise_norms(module: nn.Module) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import repeat
 from statistics import quantiles
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -29,10 +29,33 @@ class Timing(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """How long to measure: about ``seconds`` for all peers together, but at least ``least_rounds`` rounds."""
+    """How long to measure: about ``seconds`` for all peers together, but from ``least_rounds`` to ``most_rounds``."""
 
     seconds: float
     least_rounds: int
+    most_rounds: int = MAX_ROUNDS
+    warm_up: float = WARM_UP
+
+
+class Clock(Protocol):
+    """Whatever measures calls."""
+
+    def sample(self, action: Callable[[], Any], repeats: int) -> float:
+        """Seconds that a call takes: the mean over ``repeats`` calls."""
+        ...
+
+
+class WallClock:
+    """The processor's clock, for work that is done when the call returns."""
+
+    def sample(self, action: Callable[[], Any], repeats: int) -> float:
+        start = perf_counter()
+        for _ in repeat(None, repeats):
+            action()
+        return (perf_counter() - start) / repeats
+
+
+WALL = WallClock()
 
 
 @contextlib.contextmanager
@@ -60,35 +83,28 @@ def pinned() -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def interleaved(actions: Mapping[str, Callable[[], Any]], pace: Pace) -> dict[str, Timing]:
+def interleaved(actions: Mapping[str, Callable[[], Any]], pace: Pace, clock: Clock = WALL) -> dict[str, Timing]:
     """Times every action in rounds A B C, A B C, ... after a warm-up of each."""
-    repeats = {name: _warm_up(action) for name, action in actions.items()}
-    round_seconds = sum(_sample(action, repeats[name]) * repeats[name] for name, action in actions.items())
-    rounds = min(max(pace.least_rounds, int(pace.seconds / round_seconds)), MAX_ROUNDS)
+    repeats = {name: _warm_up(action, pace, clock) for name, action in actions.items()}
+    round_seconds = sum(clock.sample(action, repeats[name]) * repeats[name] for name, action in actions.items())
+    rounds = min(max(pace.least_rounds, int(pace.seconds / round_seconds)), pace.most_rounds)
     samples: dict[str, list[float]] = {name: [] for name in actions}
     with _no_garbage_collection():
         for _ in range(rounds):
             for name, action in actions.items():
-                samples[name].append(_sample(action, repeats[name]))
+                samples[name].append(clock.sample(action, repeats[name]))
     return {name: _summary(samples[name], repeats[name]) for name in actions}
 
 
-def _warm_up(action: Callable[[], Any]) -> int:
+def _warm_up(action: Callable[[], Any], pace: Pace, clock: Clock) -> int:
     """Runs the action for a while; returns how many calls make a sample of MIN_SAMPLE or more."""
     start, calls, repeats = perf_counter(), 0, 1
-    while calls < 3 or perf_counter() - start < WARM_UP:
-        seconds = _sample(action, repeats) * repeats
+    while calls < 3 or perf_counter() - start < pace.warm_up:
+        seconds = clock.sample(action, repeats) * repeats
         calls += repeats
         if seconds < MIN_SAMPLE:
             repeats *= 2
     return repeats
-
-
-def _sample(action: Callable[[], Any], repeats: int) -> float:
-    start = perf_counter()
-    for _ in repeat(None, repeats):
-        action()
-    return (perf_counter() - start) / repeats
 
 
 def _summary(samples: list[float], repeats: int) -> Timing:

@@ -182,7 +182,7 @@ class TestTiming:
         race_ = Race(unit_task(SMALL), [EAGER, planted(lambda y: y, "fused nchw", "fused")])
         measured = iter(fused_times)
 
-        def fake(steps, _pace):
+        def fake(steps, _pace, _clock):
             return {"eager nchw": _timing(2.0), "fused nchw": _timing(next(measured))}
 
         monkeypatch.setattr(race.timing, "interleaved", fake)
