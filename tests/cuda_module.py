@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from cusim import toolchain
 
-from fif_ops import ops
+from fif_ops import backends, ops
 
 ROOT = Path(__file__).parents[1]
 # What FIF_OPS_CUSIM_MODE may be. Without optimisation the sanitized modules compile in seconds, and nothing is optimised
@@ -23,6 +23,19 @@ MODES = {
     "coverage": "-O0 --coverage",
 }
 MODE = os.environ.get("FIF_OPS_CUSIM_MODE", "plain")
+
+
+class Simulated(type(backends.BACKENDS["cuda"])):
+    """The backend of GPUs, on CPU tensors."""
+
+    device = "cpu"
+    namespace = "fif_ops_simulated"
+
+    def unavailable(self):
+        return ""
+
+    def device_reason(self, x):
+        return ""
 
 
 def build(mode=MODE, root=ROOT):

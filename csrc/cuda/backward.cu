@@ -194,11 +194,6 @@ __global__ void __launch_bounds__(kThreads, 2) gradient_kernel(const __grid_cons
   const WeightSums<T, Last, K> weight_sums(tile, s.slots);
   __syncthreads();
 
-  float scale[B::kSlots], shift[B::kSlots], mean[B::kSlots], rstd[B::kSlots];
-  block.constants(s.primary, kScale, scale);
-  block.constants(s.primary, kShift, shift);
-  block.constants(s.primary, kMean, mean);
-  block.constants(s.primary, kRstd, rstd);
   const Field<T, Last> y = block.field(s.y, 2);
   PairSum<B::kSlots> sum;
   for (int64_t i = blockIdx.x; i < call.plan.tiles; i += gridDim.x) {
@@ -206,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 2) gradient_kernel(const __grid_cons
     tile.fill(call.raw, s, 2);
     __syncthreads();
     for (int t = 0; t < multiplier; ++t) {
-      const Taps<Last, K> taps = block.taps(s.taps, t);
+      const auto taps = block.template taps<!Last>(s.taps, t);
       const CheapGradient<T, Last, K> gradient(tile, call, s.cheap, t);
       const Field<T, Last> dz = block.field(s.z, 1, t);
       float plain[B::kSlots], dot[B::kSlots];
@@ -235,7 +230,13 @@ __global__ void __launch_bounds__(kThreads, 2) gradient_kernel(const __grid_cons
     tile.each_strip(0, [&](int row, int column, int rows) {
       float dy[B::kRows][kQuad] = {};
       for (int t = 0; t < multiplier; ++t)
-        convolve<B::kRows, true>(block.field(s.z, 1, t), block.taps(s.taps, t), row, column, rows, dy);
+        convolve<B::kRows, true>(block.field(s.z, 1, t), block.template taps<!Last>(s.taps, t), row, column, rows, dy);
+      // Afresh for every strip, since registers are scarce here.
+      float scale[B::kSlots], shift[B::kSlots], mean[B::kSlots], rstd[B::kSlots];
+      block.constants(s.primary, kScale, scale);
+      block.constants(s.primary, kShift, shift);
+      block.constants(s.primary, kMean, mean);
+      block.constants(s.primary, kRstd, rstd);
       FIF_UNROLL
       for (int r = 0; r < B::kRows; ++r) {
         const int present = r < rows ? tile.count(row + r, column) : 0;

@@ -73,10 +73,10 @@ FIF_HOST_DEVICE void carve_cheap(Arena& arena, const Problem& p, const CheapPlan
   s->parts = arena.template take<float>(3 * (Last ? kThreads * kQuad : kThreads));
 }
 
-// Kernel values of one channel, or of a quad of them: in registers where they fit.
-template <bool Last, int K>
+// Kernel values of one channel, or of a quad of them: in registers, or (Held false) in shared memory.
+template <bool Last, int K, bool Held = !Last || K == 3>
 class Taps {
-  static constexpr bool kHeld = !Last || K == 3;
+  static constexpr bool kHeld = Held;
   float held_[kHeld ? K * K : 1][Last ? kQuad : 1];
   const float* shared_;
   const int channels_;
@@ -135,8 +135,8 @@ struct Window {
 };
 
 // Rows of quads from (row, column) on: sum[r][q] += the depthwise convolution; with Turned, its transpose.
-template <int Rows, bool Turned, class T, bool Last, int K>
-FIF_DEVICE void convolve(const Field<T, Last>& field, const Taps<Last, K>& taps, int row, int column, int rows,
+template <int Rows, bool Turned, class T, bool Last, int K, bool Held>
+FIF_DEVICE void convolve(const Field<T, Last>& field, const Taps<Last, K, Held>& taps, int row, int column, int rows,
                          float (&sum)[Rows][kQuad]) {
   FIF_UNROLL
   for (int i = 0; i < Rows + K - 1; ++i) {
@@ -157,7 +157,8 @@ FIF_DEVICE void convolve(const Field<T, Last>& field, const Taps<Last, K>& taps,
 
 template <class T, bool Last, int K>
 struct CheapBlock {
-  static constexpr int R = K / 2, kRows = 2, kSlots = Last ? kQuad : 1;
+  // Rows of a strip: as many as there are registers for.
+  static constexpr int R = K / 2, kRows = Last && K == 5 ? 1 : 2, kSlots = Last ? kQuad : 1;
 
   const Problem& p;
   const CheapPlan& plan;
@@ -298,8 +299,9 @@ struct CheapBlock {
       taps[i] = map < p.primary ? to_float(weight[(int64_t(map) * multiplier + t) * K * K + k]) : 0.f;
     }
   }
-  FIF_DEVICE Taps<Last, K> taps(const float* all, int t) const {
-    return Taps<Last, K>(all + t * K * K * channels + channel, channels);
+  template <bool Held = !Last || K == 3>
+  FIF_DEVICE Taps<Last, K, Held> taps(const float* all, int t) const {
+    return Taps<Last, K, Held>(all + t * K * K * channels + channel, channels);
   }
 
   // ---- results of the block's channels

@@ -18,12 +18,17 @@
 
 #if defined(__CUDACC__)
 #define FIF_UNROLL _Pragma("unroll")
+#define FIF_UNROLL_2 _Pragma("unroll 2")
+#define FIF_NO_UNROLL _Pragma("unroll 1")
 // Declares `unsigned char name[]`, the dynamic shared memory; give it to a SharedArena.
 #define FIF_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 // Declares a static shared object: FIF_STATIC_SHARED(sums, float[4][32]);
 #define FIF_STATIC_SHARED(name, ...) __shared__::fif::gpu::Same<__VA_ARGS__> name
 #else
-#define FIF_UNROLL _Pragma("GCC unroll 16")
+// The simulator gains nothing by unrolling, and would compile long.
+#define FIF_UNROLL _Pragma("GCC unroll 1")
+#define FIF_UNROLL_2 FIF_UNROLL
+#define FIF_NO_UNROLL FIF_UNROLL
 #define FIF_SHARED(name) unsigned char* const name = ::cusim::dynamic_shared()
 #define FIF_STATIC_SHARED(name, ...) auto& name = ::cusim::static_shared<__VA_ARGS__>([] {})
 #endif

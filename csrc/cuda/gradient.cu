@@ -67,7 +67,10 @@ template <class T>
 struct WeightArrays {
   float* coefficients;         // [3][kTile]
   int64_t *map_at, *input_at;  // [2 stages][kShare] places in raw and in x, -1 behind the last
-  T *draw[2], *input[2];
+  T *draws, *inputs;           // two stages of [kShare][kPitch]
+
+  FIF_DEVICE T* draw(int stage) const { return draws + stage * kShare * Share<T>::kPitch; }
+  FIF_DEVICE T* input(int stage) const { return inputs + stage * kShare * Share<T>::kPitch; }
 };
 
 #if defined(__CUDACC__)
@@ -78,10 +81,8 @@ FIF_HOST_DEVICE void carve_weight(Arena& arena, WeightArrays<T>* s) {
   s->coefficients = arena.template take<float>(3 * kTile);
   s->map_at = arena.template take<int64_t>(2 * kShare);
   s->input_at = arena.template take<int64_t>(2 * kShare);
-  for (int stage = 0; stage < 2; ++stage) {
-    s->draw[stage] = arena.template take<T>(kShare * Share<T>::kPitch);
-    s->input[stage] = arena.template take<T>(kShare * Share<T>::kPitch);
-  }
+  s->draws = arena.template take<T>(2 * kShare * Share<T>::kPitch);
+  s->inputs = arena.template take<T>(2 * kShare * Share<T>::kPitch);
 }
 
 // Sums of 64 maps by 64 channels on tensor cores: eight warps of 16 maps by 32 channels.
@@ -101,7 +102,7 @@ class WeightSum {
 
   FIF_DEVICE void add(const T* draw, const T* input) {
     const int lane = lane_id();
-    FIF_UNROLL
+    FIF_UNROLL_2
     for (int k = 0; k < kShare; k += kStep) {
       uint32_t a[4], b[4][2];
       if constexpr (Tf32) {
@@ -238,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
     __syncthreads();
     with_vector<T>(plan.input_vector, [&](auto vector) {
       constexpr int V = decltype(vector)::value;
-      copy_rows<V, kPitch>(s.input[stage], kShare, kShare / V, x, [&](int row, int column) -> const T* {
+      copy_rows<V, kPitch>(s.input(stage), kShare, kShare / V, x, [&](int row, int column) -> const T* {
         const int channel = Last ? column : row;
         const int64_t at = input_at[Last ? row : column];
         return at < 0 || channel >= channels ? nullptr : x + at + channel * (Last ? 1 : call.x.step);
@@ -247,10 +248,11 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
     cp_async_commit();
     with_vector<T>(plan.map_vector, [&](auto vector) {
       constexpr int V = decltype(vector)::value;
+      FIF_UNROLL_2
       for (int i = threadIdx.x; i < kShare * kShare / V; i += kThreads) {
         const int row = i / (kShare / V), column = i % (kShare / V) * V, map = Last ? column : row;
         const int64_t at = map_at[Last ? row : column];
-        T* to = s.draw[stage] + row * kPitch + column;
+        T* to = s.draw(stage) + row * kPitch + column;
         if (at < 0 || map >= maps) {
           clear<V>(to);
           continue;
@@ -273,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
       cp_async_wait<0>();
     }
     __syncthreads();
-    sum.add(s.draw[stage], s.input[stage]);
+    sum.add(s.draw(stage), s.input(stage));
     __syncthreads();
   }
   float* sums = call.primary_weight_sums + blockIdx.x * p.primary * reduced;
@@ -303,25 +305,25 @@ FIF_DEVICE void sum_weights(const BackwardCall& call, int block) {
     sum_up<T>(call.grad_primary_weight, call.primary_weight_sums, call.gradient.splits, primary, i - cheap);
 }
 
-template <class T>
+template <class T, bool Last, int Channels>
 struct InputArrays {
   int64_t *source, *target;  // [places] of raw, -1 where there is none; of the input, -1 behind the last
-  Stages<T> stages;
+  Stages<T, Rows<T, Last, Channels, true>> stages;
 };
 
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif
 template <class T, bool Last, int Channels, class Arena>
-FIF_HOST_DEVICE void carve_input(Arena& arena, InputArrays<T>* s) {
+FIF_HOST_DEVICE void carve_input(Arena& arena, InputArrays<T, Last, Channels>* s) {
   s->source = arena.template take<int64_t>(kPositions);
   s->target = arena.template take<int64_t>(kPositions);
-  carve_stages<Rows<T, Last, Channels, true>>(arena, &s->stages);
+  carve_stages(arena, &s->stages);
 }
 
 // Blocks: of channels, for each tile of the input's pixels; then those that sum up weights.
 template <class T, bool Last, int Channels, bool Tf32>
-__global__ void __launch_bounds__(kThreads, Last&& Channels == 64 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor<T, Channels, Tf32>())
     input_kernel(const __grid_constant__ BackwardCall call) {
   using R = Rows<T, Last, Channels, true>;
   const Problem& p = call.p;
@@ -329,7 +331,7 @@ __global__ void __launch_bounds__(kThreads, Last&& Channels == 64 ? 1 : 2)
   if (blockIdx.x >= plan.input_blocks) return sum_weights<T>(call, static_cast<int>(blockIdx.x - plan.input_blocks));
   FIF_SHARED(shared);
   SharedArena arena(shared);
-  InputArrays<T> s;
+  InputArrays<T, Last, Channels> s;
   carve_input<T, Last, Channels>(arena, &s);
 
   const int reduced = static_cast<int>(p.primary / p.groups), wide = static_cast<int>(p.in_channels / p.groups);
@@ -354,14 +356,15 @@ __global__ void __launch_bounds__(kThreads, Last&& Channels == 64 ? 1 : 2)
   const float* coefficients = call.coefficients + first_map;
   Sums<T, Last, Channels, true, Tf32> sums(places);
   multiply_chunks(sums, s.stages, reduced, [&](int stage, int chunk) {
-    copy_weight<T, R::kWeight>(s.stages.weight[stage], weight, wide, kChunk, Channels, chunk, reduced, first, wide);
+    copy_weight<T, R::kWeight>(s.stages.weight(stage), weight, wide, kChunk, Channels, chunk, reduced, first, wide);
     with_vector<T>(plan.map_vector, [&](auto vector) {
       constexpr int V = decltype(vector)::value;
       const int pieces = (Last ? kChunk : rounded) / V, count = (Last ? rounded : kChunk) * pieces;
+      FIF_UNROLL_2
       for (int i = threadIdx.x; i < count; i += kThreads) {
         const int row = i / pieces, column = i % pieces * V, map = chunk + (Last ? column : row);
         const int64_t at = s.source[Last ? row : column];
-        T* to = s.stages.input[stage] + row * R::kInput + column;
+        T* to = s.stages.input(stage) + row * R::kInput + column;
         if (at < 0 || map >= reduced) {
           clear<V>(to);
           continue;
@@ -438,7 +441,7 @@ cudaError_t launch_weight(const BackwardCall& call, cudaStream_t stream) {
 
 template <class T, bool Last, int Channels, bool Tf32>
 cudaError_t launch_input(const BackwardCall& call, cudaStream_t stream) {
-  InputArrays<T> unused;
+  InputArrays<T, Last, Channels> unused;
   const int shared = bytes_of([&](Sizer& sizer) { carve_input<T, Last, Channels>(sizer, &unused); });
   const dim3 grid(static_cast<unsigned>(call.gradient.input_blocks + call.gradient.sum_blocks));
   return FIF_LAUNCH((input_kernel<T, Last, Channels, Tf32>), grid, kThreads, shared, stream, call);

@@ -18,24 +18,24 @@
 namespace fif::gpu {
 namespace {
 
-template <class T>
+template <class T, bool Last, int Channels>
 struct Arrays {
   float *norm1, *norm2, *taps;  // [2][channels], [2][S][channels], [taps][S][channels]
   int *where, *source;          // [places] pixel of the map, and of x; -1 outside it
-  Stages<T> stages;
+  Stages<T, Rows<T, Last, Channels>> stages;
 };
 
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif
 template <class T, bool Last, int K, int Channels, class Arena>
-FIF_HOST_DEVICE void carve(Arena& arena, int multiplier, Arrays<T>* arrays) {
+FIF_HOST_DEVICE void carve(Arena& arena, int multiplier, Arrays<T, Last, Channels>* arrays) {
   arrays->norm1 = arena.template take<float>(2 * Channels);
   arrays->norm2 = arena.template take<float>(2 * Channels * multiplier);
   arrays->taps = arena.template take<float>(K * K * Channels * multiplier);
   arrays->where = arena.template take<int>(kPositions);
   arrays->source = arena.template take<int>(kPositions);
-  carve_stages<Rows<T, Last, Channels>>(arena, &arrays->stages);
+  carve_stages(arena, &arrays->stages);
 }
 
 template <class T, bool Last, int K, int Channels>
@@ -48,7 +48,7 @@ struct Block {
   int group, first_map, end_map;       // maps of the block lie in one group of the primary convolution
   int row0, column0, columns, places;  // first pixel of the tile's halo, places per row, places in all
   int64_t image;
-  Arrays<T> s;
+  Arrays<T, Last, Channels> s;
 
   FIF_DEVICE Block(const InferCall& c, SharedArena& arena) : call(c), p(c.p) {
     const int tiles = c.plan.tiles_h * c.plan.tiles_w;
@@ -110,12 +110,12 @@ struct Block {
           return Last ? x + pixel * call.x.step + chunk + c : x + (chunk + c) * call.x.step + pixel;
         };
         if constexpr (Last)
-          copy_rows<V, Row::kInput>(s.stages.input[stage], rounded, kChunk / V, x, from);
+          copy_rows<V, Row::kInput>(s.stages.input(stage), rounded, kChunk / V, x, from);
         else
-          copy_rows<V, Row::kInput>(s.stages.input[stage], kChunk, rounded / V, x,
+          copy_rows<V, Row::kInput>(s.stages.input(stage), kChunk, rounded / V, x,
                                     [&](int c, int place) { return from(place, c); });
       });
-      copy_weight<T, Row::kWeight>(s.stages.weight[stage], weight, reduced, Channels, kChunk, first_map, end_map, chunk,
+      copy_weight<T, Row::kWeight>(s.stages.weight(stage), weight, reduced, Channels, kChunk, first_map, end_map, chunk,
                                    reduced);
     });
   }
@@ -221,9 +221,8 @@ struct Block {
   }
 };
 
-// Two blocks to a multiprocessor, except where 128 registers a thread would not hold the sums.
 template <class T, bool Last, int K, int Channels, bool Tf32>
-__global__ void __launch_bounds__(kThreads, Last&& Channels == 64 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor<T, Channels, Tf32>())
     infer_kernel(const __grid_constant__ InferCall call) {
   using Row = Rows<T, Last, Channels>;
   FIF_SHARED(shared);
@@ -231,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, Last&& Channels == 64 ? 1 : 2)
   Block<T, Last, K, Channels> block(call, arena);
   block.prepare();
   __syncthreads();
-  const Arrays<T>& s = block.s;
+  const Arrays<T, Last, Channels>& s = block.s;
   Sums<T, Last, Channels, false, Tf32> sums(block.places);
   block.product(sums);
   each_sum(sums, block.places, [&](int place, int channel, float sum) {
@@ -245,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, Last&& Channels == 64 ? 1 : 2)
 
 template <class T, bool Last, int K, int Channels, bool Tf32>
 cudaError_t launch(const InferCall& call, cudaStream_t stream) {
-  Arrays<T> unused;
+  Arrays<T, Last, Channels> unused;
   const int shared =
       bytes_of([&](Sizer& sizer) { carve<T, Last, K, Channels>(sizer, static_cast<int>(call.p.multiplier), &unused); });
   const dim3 grid(static_cast<unsigned>(call.plan.blocks_x), call.plan.blocks_y);

@@ -149,14 +149,16 @@ struct CheapPlan {
 // `shared_bytes(plan)` says what a block would take. Widths are whole maps, halves, thirds, ...; as many rows as there
 // is room for. Less halo wins, then larger tiles. Without room for any tile, tile_h is 0.
 template <class SharedBytes>
-CheapPlan plan_cheap(const Problem& p, const Device& device, int reach, int64_t along_y, SharedBytes shared_bytes) {
+CheapPlan plan_cheap(const Problem& p, const Device& device, int64_t room, int reach, int64_t along_y,
+                     SharedBytes shared_bytes) {
   CheapPlan best{};
   double least = 0;
   const int most = p.dtype == Dtype::f32 ? 32 : 64, halo = reach * (p.kernel / 2);
   const int64_t blocks = ceil_div(p.primary, most);
   best.channels = p.channels_last ? static_cast<int>(round_up(ceil_div(p.primary, blocks), 4)) : kThreads / 32;
-  for (; best.tile_h == 0 && best.channels >= 4;
-       best.channels = p.channels_last ? (best.channels / 2 + 3) / 4 * 4 : 0) {
+  for (int channels = best.channels; best.tile_h == 0 && channels > 0;
+       channels = p.channels_last && channels > 4 ? static_cast<int>(round_up(channels / 2, 4)) : 0) {
+    best.channels = channels;
     for (int64_t cuts = 1, last = 0; cuts <= p.width && (cuts <= 8 || best.tile_h == 0); ++cuts) {
       CheapPlan plan = best;
       const int64_t even = ceil_div(p.width, cuts);
@@ -166,7 +168,7 @@ CheapPlan plan_cheap(const Problem& p, const Device& device, int reach, int64_t 
       int64_t rows = p.height < 128 ? p.height : 128, low = 0;
       while (low < rows) {  // the most rows that fit
         plan.tile_h = static_cast<int>((low + rows + 1) / 2);
-        if (shared_bytes(plan) <= device.budget())
+        if (shared_bytes(plan) <= room)
           low = plan.tile_h;
         else
           rows = plan.tile_h - 1;
@@ -181,13 +183,19 @@ CheapPlan plan_cheap(const Problem& p, const Device& device, int reach, int64_t 
       least = cost;
       best = plan;
     }
-    if (best.tile_h != 0) break;
   }
   if (best.tile_h == 0) return best;
   best.tiles = p.batch * best.tiles_h * best.tiles_w;
   best.blocks_y = static_cast<int>(ceil_div(p.primary, best.channels));
   best.blocks_x = persistent_blocks(device, best.tiles, best.blocks_y * along_y, 4);
   return best;
+}
+
+// The same with as much shared memory as lets two blocks stand side by side, or else as much as there is.
+template <class SharedBytes>
+CheapPlan plan_cheap(const Problem& p, const Device& device, int reach, int64_t along_y, SharedBytes shared_bytes) {
+  const CheapPlan plan = plan_cheap(p, device, device.budget(), reach, along_y, shared_bytes);
+  return plan.tile_h > 0 ? plan : plan_cheap(p, device, device.shared_per_block, reach, along_y, shared_bytes);
 }
 
 // The gradients of the primary convolution.

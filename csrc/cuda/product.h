@@ -22,9 +22,12 @@ struct Rows {
   static constexpr int kMaps = (Last ? kPositions : Channels) * kMap;
 };
 
-template <class T>
+template <class T, class R>
 struct Stages {
-  T *input[2], *weight[2], *maps;
+  T *inputs, *weights, *maps;  // two stages of both factors; results
+
+  FIF_DEVICE T* input(int stage) const { return inputs + stage * R::kInputs; }
+  FIF_DEVICE T* weight(int stage) const { return weights + stage * R::kWeights; }
 };
 
 // The same carving on the host, which wants the size, and in the kernel, which wants the arrays. The maps, for results,
@@ -32,13 +35,11 @@ struct Stages {
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif
-template <class R, class T, class Arena>
-FIF_HOST_DEVICE void carve_stages(Arena& arena, Stages<T>* stages) {
+template <class T, class R, class Arena>
+FIF_HOST_DEVICE void carve_stages(Arena& arena, Stages<T, R>* stages) {
   const int start = arena.mark();
-  for (int stage = 0; stage < 2; ++stage) {
-    stages->input[stage] = arena.template take<T>(R::kInputs);
-    stages->weight[stage] = arena.template take<T>(R::kWeights);
-  }
+  stages->inputs = arena.template take<T>(2 * R::kInputs);
+  stages->weights = arena.template take<T>(2 * R::kWeights);
   arena.rewind(start);
   stages->maps = arena.template take<T>(R::kMaps);
 }
@@ -55,6 +56,7 @@ FIF_DEVICE void copy_to_shared(T* to, const T* from, bool valid) {
 // Rows of `pieces` times V elements; from(row, column) is where they are, or null for zeros. `any` is a sane address.
 template <int V, int Pitch, class T, class From>
 FIF_DEVICE void copy_rows(T* to, int rows, int pieces, const T* any, From from) {
+  FIF_NO_UNROLL
   for (int i = threadIdx.x; i < rows * pieces; i += kThreads) {
     const int row = i / pieces, column = i % pieces * V;
     const T* source = from(row, column);
@@ -283,13 +285,20 @@ class Sums<float, Last, Channels, Turned, false> {
   }
 };
 
+// Two blocks, except where 128 registers a thread would not hold the sums.
+template <class T, int Channels, bool Tf32>
+constexpr int blocks_per_multiprocessor() {
+  return sizeof(T) == 4 && !Tf32 && Channels == 64 ? 1 : 2;
+}
+
 // The whole product: load(stage, first reduced channel) fills a stage, by cp.async or at once. Ends with all stages
 // free.
-template <class S, class T, class Load>
-FIF_DEVICE void multiply_chunks(S& sums, const Stages<T>& stages, int reduced, Load load) {
+template <class S, class T, class R, class Load>
+FIF_DEVICE void multiply_chunks(S& sums, const Stages<T, R>& stages, int reduced, Load load) {
   const int chunks = (reduced + kChunk - 1) / kChunk;
   load(0, 0);
   cp_async_commit();
+  FIF_NO_UNROLL
   for (int k = 0; k < chunks; ++k) {
     if (k + 1 < chunks) {
       load((k + 1) % 2, (k + 1) * kChunk);
@@ -299,7 +308,7 @@ FIF_DEVICE void multiply_chunks(S& sums, const Stages<T>& stages, int reduced, L
       cp_async_wait<0>();
     }
     __syncthreads();
-    sums.add(stages.input[k % 2], stages.weight[k % 2]);
+    sums.add(stages.input(k % 2), stages.weight(k % 2));
     __syncthreads();
   }
 }

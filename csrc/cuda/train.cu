@@ -17,10 +17,10 @@ namespace {
 
 // ---- 1.
 
-template <class T>
+template <class T, bool Last, int Channels>
 struct RawArrays {
   int64_t *source, *target;  // [places] of x and of raw, -1 behind the last
-  Stages<T> stages;
+  Stages<T, Rows<T, Last, Channels>> stages;
   float* parts;  // [3][sharers][channels], over the stages
 };
 
@@ -28,30 +28,30 @@ struct RawArrays {
 #pragma nv_exec_check_disable
 #endif
 template <class T, bool Last, int Channels, class Arena>
-FIF_HOST_DEVICE void carve_raw(Arena& arena, RawArrays<T>* s) {
+FIF_HOST_DEVICE void carve_raw(Arena& arena, RawArrays<T, Last, Channels>* s) {
   s->source = arena.template take<int64_t>(kPositions);
   s->target = arena.template take<int64_t>(kPositions);
   const int start = arena.mark();
-  carve_stages<Rows<T, Last, Channels>>(arena, &s->stages);
+  carve_stages(arena, &s->stages);
   arena.rewind(start);
   s->parts = arena.template take<float>(3 * 32 * Channels);
 }
 
 // Pixels count through all images of the batch, so that small maps fill a tile.
-template <class T, bool Last>
-FIF_DEVICE void list_places(const TrainCall& call, int64_t first, RawArrays<T>& s) {
+template <bool Last>
+FIF_DEVICE void list_places(const TrainCall& call, int64_t first, int64_t* source, int64_t* target) {
   const Problem& p = call.p;
   for (int i = threadIdx.x; i < kPositions; i += kThreads) {
     const int64_t place = first + i, image = place / p.pixels(), pixel = place % p.pixels();
     const bool exists = image < p.batch;
     const int64_t from = pixel / p.width * p.stride * p.in_width + pixel % p.width * p.stride;
-    s.source[i] = exists ? image * call.x.batch + from * (Last ? call.x.step : 1) : -1;
-    s.target[i] = exists ? image * call.raw.batch + pixel * (Last ? call.raw.step : 1) : -1;
+    source[i] = exists ? image * call.x.batch + from * (Last ? call.x.step : 1) : -1;
+    target[i] = exists ? image * call.raw.batch + pixel * (Last ? call.raw.step : 1) : -1;
   }
 }
 
 template <class T, bool Last, int Channels, bool Tf32>
-__global__ void __launch_bounds__(kThreads, Last&& Channels == 64 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor<T, Channels, Tf32>())
     raw_kernel(const __grid_constant__ TrainCall call) {
   using R = Rows<T, Last, Channels>;
   using S = Sums<T, Last, Channels, false, Tf32>;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, Last&& Channels == 64 ? 1 : 2)
   const ProductPlan& plan = call.product;
   FIF_SHARED(shared);
   SharedArena arena(shared);
-  RawArrays<T> s;
+  RawArrays<T, Last, Channels> s;
   carve_raw<T, Last, Channels>(arena, &s);
 
   const int reduced = static_cast<int>(p.in_channels / p.groups), wide = static_cast<int>(p.primary / p.groups);
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, Last&& Channels == 64 ? 1 : 2)
 
   Tally<S::kSlots> tally;
   for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
-    list_places<T, Last>(call, tile * kPositions, s);
+    list_places<Last>(call, tile * kPositions, s.source, s.target);
     __syncthreads();
     const int64_t left = p.batch * p.pixels() - tile * kPositions;
     const int places = left < kPositions ? static_cast<int>(left) : kPositions, rounded = (places + 15) & ~15;
@@ -85,12 +85,12 @@ __global__ void __launch_bounds__(kThreads, Last&& Channels == 64 ? 1 : 2)
           return x + s.source[place] + (chunk + c) * (Last ? 1 : call.x.step);
         };
         if constexpr (Last)
-          copy_rows<V, R::kInput>(s.stages.input[stage], rounded, kChunk / V, x, from);
+          copy_rows<V, R::kInput>(s.stages.input(stage), rounded, kChunk / V, x, from);
         else
-          copy_rows<V, R::kInput>(s.stages.input[stage], kChunk, rounded / V, x,
+          copy_rows<V, R::kInput>(s.stages.input(stage), kChunk, rounded / V, x,
                                   [&](int c, int place) { return from(place, c); });
       });
-      copy_weight<T, R::kWeight>(s.stages.weight[stage], weight, reduced, Channels, kChunk, first, end, chunk, reduced);
+      copy_weight<T, R::kWeight>(s.stages.weight(stage), weight, reduced, Channels, kChunk, first, end, chunk, reduced);
     });
     float bias[S::kSlots];
     FIF_UNROLL
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kThreads, 2) apply_kernel(const __grid_constan
 
 template <class T, bool Last, int Channels>
 cudaError_t launch_raw(const TrainCall& call, cudaStream_t stream) {
-  RawArrays<T> unused;
+  RawArrays<T, Last, Channels> unused;
   const int shared = bytes_of([&](Sizer& sizer) { carve_raw<T, Last, Channels>(sizer, &unused); });
   const dim3 grid(call.product.blocks_x, call.product.blocks_y);
   if constexpr (sizeof(T) == 4)

@@ -11,7 +11,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,6 +112,9 @@ class _Cpu(_Kernels):
 class _Cuda(_Kernels):
     """Any primary convolution: what the kernels do not fuse, torch's convolution does before them."""
 
+    # Cheap maps of one primary map whose sums fit into the shared memory of every GPU, by kernel size.
+    most_cheap: ClassVar[dict[int, int]] = {3: 7, 5: 4}
+
     name = device = "cuda"
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     cheap_sizes = (3, 5)
@@ -130,10 +133,18 @@ class _Cuda(_Kernels):
         return primary.shape[2] == primary.shape[3] == 1 and problem.padding == 0 and wide_groups
 
     def primary_reason(self, problem: Problem) -> str:
-        major, minor = torch.cuda.get_device_capability(problem.x.device)
+        cheap = problem.cheap_weight
+        multiplier, most = cheap.shape[0] // problem.primary_weight.shape[0], self.most_cheap.get(cheap.shape[2], 1)
+        if multiplier > most:
+            return f"a primary map has {multiplier} cheap ones of {cheap.shape[2]}x{cheap.shape[3]}, more than {most}"
+        return self.device_reason(problem.x)
+
+    def device_reason(self, x: Tensor) -> str:
+        """Why this GPU cannot run the library's kernels, or ""."""
+        major, minor = torch.cuda.get_device_capability(x.device)
         oldest = min(map(int, ops.CUDA_ARCHS))
         return (
-            "" if 10 * major + minor >= oldest else f"{problem.x.device} is sm_{major}{minor}, older than sm_{oldest}"
+            "" if 10 * major + minor >= oldest else f"{x.device} is sm_{major}{minor}, older than sm_{oldest}"
         )
 
 

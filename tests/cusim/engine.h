@@ -1,6 +1,7 @@
 // Runs launches: blocks one after the other, the threads of a block in an order that the settings choose.
 #pragma once
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <cstring>
@@ -185,6 +186,19 @@ inline void check_launch(const char* name, const void* kernel, dim3 grid, dim3 b
          shared_bytes, limit);
 }
 
+// Adds a line to the file that CUSIM_LAUNCHES names, if any: the kernel's address in its library, threads of a block,
+// bytes of dynamic shared memory.
+inline void log_launch(const void* kernel, const Launch& launch) {
+  const char* path = variable("CUSIM_LAUNCHES", "");
+  if (*path == 0) return;
+  Dl_info library;
+  FILE* file = fopen(path, "a");
+  if (file == nullptr || dladdr(kernel, &library) == 0) fail("no log of launches at %s", path);
+  const long address = static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase);
+  fprintf(file, "%lx %u %zu\n", address, launch.block.x * launch.block.y * launch.block.z, launch.dynamic_shared);
+  fclose(file);
+}
+
 // How many clusters the blocks of a launch take turns on; ThreadSanitizer needs a megabyte per fiber.
 inline int cluster_count([[maybe_unused]] int threads) {
 #if defined(__SANITIZE_THREAD__)
@@ -238,6 +252,7 @@ void launch(const char* name, const void* kernel, F&& body, dim3 grid, dim3 bloc
   m.current = -1;
   check_launch(name, kernel, grid, block, shared_bytes);
   m.launches.push_back({name, grid, block, shared_bytes, 0, 1ul * grid.x * grid.y * grid.z, 0});
+  log_launch(kernel, m.launches.back());
   if (m.settings.dry_run) return;
 #if defined(__SANITIZE_THREAD__)
   m.main_tsan = __tsan_get_current_fiber();

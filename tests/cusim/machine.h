@@ -67,8 +67,14 @@ struct Device {  // as cudaDeviceGetAttribute and the limits of a launch report 
   int shared_optin = 227 << 10, shared_per_sm = 228 << 10, sm_count = 132, major = 9, minor = 0, ordinal = 0;
 };
 
+inline const char* variable(const char* name, const char* otherwise) {
+  const char* value = getenv(name);
+  return value == nullptr ? otherwise : value;
+}
+
 struct Settings {
-  int order = 0;         // 0: threads and blocks ascending, 1: descending, else shuffled with this seed
+  // 0: threads and blocks ascending, 1: descending, else shuffled with this seed
+  int order = atoi(variable("CUSIM_ORDER", "0"));
   bool dry_run = false;  // check and record launches without running them
   Device device;
 };

@@ -16,6 +16,7 @@ PYBIND11_MODULE(cuda_sim, m) {
     for (const cusim::Launch& launch : cusim::launches()) all.emplace_back(launch.name, launch.grid.x, launch.grid.y);
     return all;
   });
+  m.def("set_dry_run", [](bool dry) { cusim::settings().dry_run = dry; });
   // Few multiprocessors make persistent blocks go round; little shared memory makes small tiles.
   m.def("set_device", [](int multiprocessors, int shared_per_block, int shared_per_multiprocessor) {
     cusim::Device& device = cusim::settings().device;
