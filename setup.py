@@ -172,7 +172,9 @@ def cuda_part(folder: str, torch_includes: str) -> tuple[list[str], list[str], s
         lines.append(f"build {objects[-1]}: nvcc {source.relative_to(ROOT)}")
     for source in sorted((ROOT / "csrc/cuda").glob("*.cpp")):
         objects.append(f"{folder}/cuda/{source.stem}.o")
-        unit_flags = f"{ISAS['baseline']} {TORCH_FLAGS} {torch_includes} -isystem {home}/include"
+        # What the library says of itself: it may lie elsewhere than the record of its build.
+        built_for = f"-D'FIF_CUDA_ARCHS={' '.join(archs)}'"
+        unit_flags = f"{ISAS['baseline']} {TORCH_FLAGS} {built_for} {torch_includes} -isystem {home}/include"
         lines.append(f"build {objects[-1]}: compile {source.relative_to(ROOT)}\n  unit_flags = {unit_flags}")
     folders = [path for path in (home / "lib64", home / "lib") if (path / "libcudart_static.a").is_file()]
     return lines, objects, f"-L{folders[0]} -lcudart_static -ldl -lrt -lpthread" if folders else "-lcudart", archs

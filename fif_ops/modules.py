@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from . import backends, functional
+from . import backends, functional, ops
 from .reference import ACTIVATIONS, FeatureAugment, Norm, SharedConv2d
 
 
@@ -90,13 +90,15 @@ class FusedFiF(FeatureAugment):
 
 
 class Explanation(NamedTuple):
-    """Which backend runs a unit on an input, and why no faster one does: (backend, reason) for each that cannot."""
+    """Which backend runs a unit on an input, why no faster one does, and in which launches where that is planned."""
 
     backend: str
-    refused: tuple[tuple[str, str], ...]
+    refused: tuple[tuple[str, str], ...]  # (backend, reason) for each that cannot
+    plan: tuple[ops.Launch, ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join([f"runs on: {self.backend}", *(f"not on {name}: {reason}" for name, reason in self.refused)])
+        refused = [f"not on {name}: {reason}" for name, reason in self.refused]
+        return "\n".join([f"runs on: {self.backend}", *refused, *(f"launches {launch}" for launch in self.plan)])
 
 
 def explain(module: FusedFiF, x: Tensor) -> Explanation:
@@ -118,8 +120,12 @@ def explain(module: FusedFiF, x: Tensor) -> Explanation:
     forced = backends.wanted(None)
     candidates = [backends.BACKENDS[forced]] if forced else list(backends.BACKENDS.values())
     refused = tuple((b.name, b.reason(problem)) for b in candidates if b.reason(problem))
-    runs = next((b.name for b in candidates if not b.reason(problem)), "none")
-    return Explanation(runs, refused)
+    chosen = next((b for b in candidates if not b.reason(problem)), None)
+    if chosen is None:
+        return Explanation("none", refused)
+    norms = [_norm(stage[1]) for stage in (module.primary_conv, module.cheap_operation)]
+    trains = functional.wants_gradients((x, *module.parameters())) or any(n is not None and n.training for n in norms)
+    return Explanation(chosen.name, refused, tuple(chosen.plan(problem, module.out_channels, module.splice, trains)))
 
 
 def _geometry(conv: Any) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ import ctypes
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,19 +58,64 @@ _PATH, ERROR, _LIBRARY = _load()
 LOADED = _LIBRARY is not None
 
 
-def _ask(name: str) -> str:
-    if _LIBRARY is None:
+def _ask(name: str, *arguments: Any) -> str:
+    """What the library's function of this name says; empty without it, as the CUDA ones are without nvcc."""
+    function = getattr(_LIBRARY, name, None)
+    if function is None:
         return ""
-    function = getattr(_LIBRARY, name)
     function.restype = ctypes.c_char_p
-    return function().decode()
+    return function(*arguments).decode()
 
 
 # The instruction set in use (or, with a bad FIF_OPS_CPU_ISA, what is wrong with it) and those that would run here.
 CPU_ISA = _ask("fif_ops_cpu_isa")
 CPU_ISAS = _ask("fif_ops_cpu_isas").split()
 # The GPU architectures that the library was built for.
-CUDA_ARCHS: list[str] = _built_for().get("cuda_archs", []) if LOADED else []
+CUDA_ARCHS = _ask("fif_ops_cuda_archs").split()
+
+
+class Launch(NamedTuple):
+    """What the planner of the CUDA kernels expects of one launch; bytes to and from the second-level cache."""
+
+    kernel: str
+    tile: tuple[int, int]  # pixels of a block, height and width
+    channels: int  # of a block
+    blocks: int
+    bytes_read: int
+    bytes_written: int
+
+    def __str__(self) -> str:
+        height, width = self.tile
+        traffic = f"{self.bytes_read / 2**20:.1f} MiB read, {self.bytes_written / 2**20:.1f} MiB written"
+        return f"{self.kernel}: {self.blocks} blocks of {height}x{width} pixels by {self.channels} channels, {traffic}"
+
+
+def cuda_plan(
+    x: Tensor,
+    primary_weight: Tensor,
+    cheap_weight: Tensor,
+    *,
+    out_channels: int,
+    splice: bool,
+    stride: int,
+    groups: int,
+    fused_primary: bool,
+    trains: bool,
+    device: tuple[int, int, int],
+) -> list[Launch]:
+    """The launches of a unit on a GPU of so many multiprocessors and bytes of shared memory (of a block, of all).
+
+    x may be a meta tensor: shape, dtype and memory format count. Without ``fused_primary`` torch does that convolution,
+    and x is what it gives.
+    """
+    maps = primary_weight.shape[0]
+    numbers = (
+        *x.shape, maps, cheap_weight.shape[0] // maps, out_channels, cheap_weight.shape[2], stride, groups, splice,
+        memory_format_of(x) == torch.channels_last, fused_primary, False, x.element_size(), trains, *device,
+    )  # fmt: skip
+    text = _ask("fif_ops_cuda_plan", (ctypes.c_int64 * len(numbers))(*numbers))
+    rows = [line.split("\t") for line in text.splitlines()]
+    return [Launch(row[0], (int(row[1]), int(row[2])), *map(int, row[3:])) for row in rows]
 
 
 def library_info() -> dict[str, Any]:

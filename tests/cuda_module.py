@@ -22,6 +22,7 @@ MODES = {
     "thread": "-O0 -g1 -fsanitize=thread",
     "coverage": "-O0 --coverage",
 }
+MULTIPROCESSORS = 2  # so few that blocks go round
 MODE = os.environ.get("FIF_OPS_CUSIM_MODE", "plain")
 
 
@@ -36,6 +37,9 @@ class Simulated(type(backends.BACKENDS["cuda"])):
 
     def device_reason(self, x):
         return ""
+
+    def device_sizes(self, x):
+        return MULTIPROCESSORS, 227 << 10, 228 << 10
 
 
 def build(mode=MODE, root=ROOT):

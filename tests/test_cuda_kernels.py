@@ -1,5 +1,6 @@
 """The CUDA operators, run on the CPU thread by thread, against the definition in float64."""
 
+import ctypes
 import itertools
 import re
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fif_ops import FusedFiF, Norm, backends, feature_augment
+from fif_ops import FusedFiF, Norm, backends, explain, feature_augment, ops
 from fif_ops.reference import compose
 
 pytestmark = [
@@ -81,7 +82,7 @@ def device(simulator, monkeypatch):
     chosen = cuda_module.Simulated()
     monkeypatch.setitem(backends.BACKENDS, "cuda", chosen)
     monkeypatch.setattr(backends, "_ORDER", (chosen, backends.REFERENCE))
-    simulator.set_device(2, 227 << 10, 228 << 10)
+    simulator.set_device(cuda_module.MULTIPROCESSORS, 227 << 10, 228 << 10)
     simulator.reset_launches()
     return simulator
 
@@ -177,7 +178,7 @@ def check(case, gradients=True, limits=None, **options):
         error, torch_error = ((found[name].double() - expected).norm() for found in (ours, torchs))
         # Before batch statistics a bias has no gradient: nothing to be relative to.
         size = scale if name.endswith("bias") else expected.norm()
-        assert error <= max(limit * size, torch_error) + 1e-30, (name, (error / size).item())
+        assert error <= max(limit * size, 1.5 * torch_error) + 1e-30, (name, (error / size).item())
     layout = torch.channels_last if case.tensors["x"].is_contiguous(memory_format=torch.channels_last) else None
     if layout is not None and case.unit.channels > 1:
         assert ours["output"].is_contiguous(memory_format=layout)
@@ -398,6 +399,37 @@ def test_deterministic_whatever_the_order(device):
         results.append(Case(UNITS[1], torch.float16, torch.channels_last).run(feature_augment, wide=False))
     for other in results[1:]:
         assert all(torch.equal(other[name], t) for name, t in results[0].items())
+
+
+PLANNED = {
+    "usual": {},
+    "stride, 5x5": {"stride": 2, "cheap_kernel_size": 5},
+    "two groups": {"groups": 2},
+    "3x3 primary": {"kernel_size": 3},
+    "ratio 4": {"ratio": 4},
+}
+
+
+@pytest.mark.parametrize("options", PLANNED.values(), ids=PLANNED)
+@both_layouts
+def test_the_plan_that_is_explained_is_the_one_that_runs(device, monkeypatch, layout, options):
+    monkeypatch.setattr(ops, "_LIBRARY", ctypes.CDLL(device.__file__))
+    unit = FusedFiF(8, 40, activation="silu", **options)
+    x = torch.randn(2, 8, 9, 12, requires_grad=True).contiguous(memory_format=layout)
+    for training in (False, True):
+        device.reset_launches()
+        with torch.set_grad_enabled(training):
+            plan = explain(unit.train(training), x).plan
+            out = unit(x)
+        if training:
+            out.sum().backward()
+        launched = [(name, x * y) for name, (_, x, y) in zip(names_of_launches(device), device.launches(), strict=True)]
+        assert [(launch.kernel.split()[0], launch.blocks) for launch in plan] == launched
+        read, written = sum(launch.bytes_read for launch in plan), sum(launch.bytes_written for launch in plan)
+        kernels = unit.primary_conv[0].kernel_size[0]
+        assert read >= (x.numel() * 4 if kernels == 1 else 0)
+        assert written >= out.numel() * 4
+        assert str(launched[0][1]) in str(plan[0])
 
 
 def test_huge_batches_and_many_channels_fit_the_grid(device):

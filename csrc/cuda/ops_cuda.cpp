@@ -5,6 +5,7 @@
 
 #include "calls.h"
 #include "cuda/runtime.h"
+#include "predict.h"
 
 namespace fif {
 namespace {
@@ -312,6 +313,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
 }  // namespace
 }  // namespace fif
+
+#define FIF_TEXT_OF(words) #words
+#define FIF_TEXT(words) FIF_TEXT_OF(words)
+#if !defined(FIF_CUDA_ARCHS)
+#define FIF_CUDA_ARCHS
+#endif
+
+// The architectures that the kernels were compiled for, as in "80 90".
+extern "C" __attribute__((visibility("default"))) const char* fif_ops_cuda_archs() { return FIF_TEXT(FIF_CUDA_ARCHS); }
+
+// Asked by Python, by a plain C call that needs no GPU. `numbers`: batch, in_channels, in_height, in_width, primary,
+// multiplier, out_channels, kernel, stride, groups, splice, channels_last, has_primary, tf32, bytes of an element,
+// trains; multiprocessors, and shared memory of a block and of a multiprocessor.
+extern "C" __attribute__((visibility("default"))) const char* fif_ops_cuda_plan(const int64_t* numbers) {
+  const int64_t* n = numbers;
+  const fif::Problem p{.batch = n[0],
+                       .in_channels = n[1],
+                       .in_height = n[2],
+                       .in_width = n[3],
+                       .height = (n[2] - 1) / n[8] + 1,
+                       .width = (n[3] - 1) / n[8] + 1,
+                       .stride = n[8],
+                       .groups = n[9],
+                       .primary = n[4],
+                       .multiplier = n[5],
+                       .out_channels = n[6],
+                       .kernel = static_cast<int>(n[7]),
+                       .activation = fif::Activation::relu,
+                       .splice = n[10] != 0,
+                       .channels_last = n[11] != 0,
+                       .has_primary = n[12] != 0,
+                       .tf32 = n[13] != 0,
+                       .dtype = n[14] == 4 ? fif::Dtype::f32 : fif::Dtype::f16};
+  const fif::gpu::Device device{static_cast<int>(n[16]), static_cast<int>(n[17]), static_cast<int>(n[18])};
+  static thread_local std::string text;
+  text = fif::gpu::predict_text(p, device, n[15] != 0);
+  return text.c_str();
+}
 
 FIF_CUDA_OPERATORS(m) {
   m.impl("infer", TORCH_BOX(&fif::infer));

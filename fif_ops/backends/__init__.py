@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..reference import memory_format_of
 
 
 class Problem(NamedTuple):
@@ -44,6 +46,10 @@ class Backend:
     def unavailable(self) -> str:
         """Why this backend can run nothing here, or ""."""
         return ""
+
+    def plan(self, problem: Problem, out_channels: int, splice: bool, trains: bool) -> list[ops.Launch]:
+        """The launches that the problem takes, where a planner decides on them."""
+        return []
 
     def reason(self, problem: Problem) -> str:
         """Why this backend cannot run the problem, or ""."""
@@ -139,13 +145,29 @@ class _Cuda(_Kernels):
             return f"a primary map has {multiplier} cheap ones of {cheap.shape[2]}x{cheap.shape[3]}, more than {most}"
         return self.device_reason(problem.x)
 
+    def plan(self, problem: Problem, out_channels: int, splice: bool, trains: bool) -> list[ops.Launch]:
+        x, primary, cheap, stride, padding, groups, _ = problem
+        fused = self.fuses_primary(problem)
+        if not fused:
+            maps = F.conv2d(x.to("meta"), primary.to("meta"), None, stride, padding, 1, groups)
+            x = maps.contiguous(memory_format=memory_format_of(x))
+            stride = groups = 1
+        return ops.cuda_plan(
+            x, primary, cheap, out_channels=out_channels, splice=splice, stride=stride, groups=groups,
+            fused_primary=fused, trains=trains, device=self.device_sizes(problem.x),
+        )  # fmt: skip
+
+    def device_sizes(self, x: Tensor) -> tuple[int, int, int]:
+        """Multiprocessors, and bytes of shared memory that a block and a multiprocessor may have."""
+        found = torch.cuda.get_device_properties(x.device)
+        shared = found.shared_memory_per_multiprocessor
+        return found.multi_processor_count, shared - 1024, shared  # a block's kilobyte is the system's
+
     def device_reason(self, x: Tensor) -> str:
         """Why this GPU cannot run the library's kernels, or ""."""
         major, minor = torch.cuda.get_device_capability(x.device)
         oldest = min(map(int, ops.CUDA_ARCHS))
-        return (
-            "" if 10 * major + minor >= oldest else f"{x.device} is sm_{major}{minor}, older than sm_{oldest}"
-        )
+        return "" if 10 * major + minor >= oldest else f"{x.device} is sm_{major}{minor}, older than sm_{oldest}"
 
 
 _ORDER: tuple[Backend, ...] = (_Cuda(), _Cpu(), _Reference())
