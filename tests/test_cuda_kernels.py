@@ -53,6 +53,7 @@ UNITS = [
     Unit(1, 40, 36, 2, 9, 30, 5, activation="gelu", cut=1),
     Unit(1, 72, 70, 1, 15, 16, bias=False),
     Unit(5, 7, 5, 3, 1, 1, splice=False),
+    Unit(29, 9, 17, 1, 3, 4),
     Unit(1, 64, 64, 1, 12, 28, 5, activation=None),
     Unit(1, 24, 12, 1, 5, 56),
     Unit(4, 8, 3, 3, 8, 17, splice=False, cut=4),
@@ -488,3 +489,48 @@ def test_every_operator_starts_on_its_tensors_device():
     bodies = re.findall(r"^(?:Tensor|std::tuple<.*>) \w+\([^{]*\{\n(.*)\n", source, re.MULTILINE)
     assert len(bodies) == 3
     assert all(body.strip() == "const DeviceGuard guard(x.get_device_index());" for body in bodies)
+
+
+@both_layouts
+@pytest.mark.parametrize("primary", [1, 3], ids=["1x1", "given maps"])
+def test_opcheck(layout, primary):
+    """Schemas, fake kernels and their strides, with and without a primary convolution of ours."""
+    x = torch.randn(2, 6, 7, 5).contiguous(memory_format=layout)
+    weight = torch.randn(10, 3, 1, 1) if primary == 1 else None
+    maps = 10 if primary == 1 else 6
+    geometry = {"stride": 2, "groups": 2} if primary == 1 else {}
+    cheap = torch.randn(2 * maps, 1, 3, 3)
+    norms = [t for c in (maps, 2 * maps) for t in random_norm(c, True)[:4]]
+    forward = (x, weight, cheap, None, None, *norms, 1e-5, 1e-5, 3 * maps - 1, 4, True)
+    training = (*forward, True, True, 0.1, 0.1)
+    operators = torch.ops.fif_ops_simulated
+    # The schema test calls twice and wants the same: memory that is full of NaN is not equal to itself.
+    torch.use_deterministic_algorithms(False)
+    torch.library.opcheck(operators.infer.default, forward, geometry)
+    torch.library.opcheck(operators.train.default, training, geometry)
+    out, raw, *statistics = operators.train(*training, **geometry)
+    norm = [norms[0], norms[1], norms[4], norms[5]]
+    for needs in itertools.product([False, True], repeat=2):
+        backward = (
+            torch.randn_like(out), x, weight, cheap, raw if primary == 1 else x, *statistics, *norm, 4, True, True, True,
+            *needs,
+        )  # fmt: skip
+        torch.library.opcheck(operators.backward.default, backward, geometry)
+
+
+def test_operators_of_gpus_say_what_they_lack():
+    x = torch.randn(1, 4, 5, 5)
+    arguments = (torch.randn(4, 4, 1, 1), torch.randn(4, 1, 3, 3), *[None] * 10, 0.0, 0.0, 8, 1, True)
+    infer = torch.ops.fif_ops_simulated.infer
+    with pytest.raises(RuntimeError, match="x must be float32, bfloat16 or float16 on a GPU"):
+        infer(x.double(), *(t.double() if isinstance(t, torch.Tensor) else t for t in arguments))
+    with pytest.raises(RuntimeError, match="cheap_weight's d must be 3 or 5 on a GPU, got 7"):
+        infer(x, arguments[0], torch.randn(4, 1, 7, 7), *arguments[2:])
+    with pytest.raises(RuntimeError, match="groups is 3: must divide x's 4 channels"):
+        infer(x, *arguments, groups=3)
+    with pytest.raises(RuntimeError, match="stride is 0: must be positive"):
+        infer(x, *arguments, stride=0)
+    with pytest.raises(RuntimeError, match="must be 1 without a primary_weight"):
+        infer(x, None, *arguments[1:], stride=2)
+    with pytest.raises(RuntimeError, match="stride 1 and one group on the CPU"):
+        torch.ops.fif_ops.infer(x, *arguments, stride=2)

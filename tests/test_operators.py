@@ -265,9 +265,12 @@ ODD_NUMBERS = [-1, 0, 1, 5, 9, 2**31, 2**62, -(2**63), 0.5, float("nan"), "text"
 def accepted(operator, index, odd):
     """Whether the operator takes ``odd`` as its argument number ``index``, all others being right."""
     inputs = [t.clone() if isinstance(t, torch.Tensor) else t for t in build(operator, X)]
-    inputs[index] = odd
+    names = names_of(operator)
+    keywords = {names[index]: odd} if index >= len(inputs) else {}  # what has a default
+    if not keywords:
+        inputs[index] = odd
     try:
-        getattr(torch.ops.fif_ops, operator)(*inputs)
+        getattr(torch.ops.fif_ops, operator)(*inputs, **keywords)
     except (RuntimeError, TypeError, ValueError, NotImplementedError, OverflowError):
         return False
     return True
@@ -275,6 +278,11 @@ def accepted(operator, index, odd):
 
 def names_of(operator):
     return [argument.name for argument in getattr(torch.ops.fif_ops, operator).default._schema.arguments]
+
+
+def takes_a_tensor(operator, index):
+    inputs = build(operator, X)
+    return index < len(inputs) and isinstance(inputs[index], torch.Tensor)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -285,7 +293,7 @@ def test_operators_refuse_odd_tensors(operator):
         return {
             (name, odd)
             for (index, name), odd in itertools.product(enumerate(names_of(operator)), ODD_TENSORS)
-            if isinstance(build(operator, X)[index], torch.Tensor) and accepted(operator, index, ODD_TENSORS[odd])
+            if takes_a_tensor(operator, index) and accepted(operator, index, ODD_TENSORS[odd])
         }
 
     fits = {(name, "meta") for name in names_of(operator)} | {("primary_weight", "kernels")}
@@ -304,7 +312,7 @@ def test_operators_survive_odd_numbers(operator):
             (name, odd)
             for (index, name), odd in itertools.product(enumerate(names_of(operator)), ODD_NUMBERS)
             if accepted(operator, index, odd)
-            and isinstance(build(operator, X)[index], torch.Tensor)
+            and takes_a_tensor(operator, index)
             and odd is not None
         ]
 

@@ -1,7 +1,7 @@
 // Inference in one launch: primary product, normalisation, activation, depthwise part, normalisation, activation, both
 // halves into the output.
 //
-// A block computes 16, 32 or 64 primary maps and their cheap ones on one tile of pixels.
+// A block computes 16, 32 or 64 primary maps and their cheap ones on one tile of pixels, or on several small images.
 //   1. Product over the tile and its halo: chunks of 32 input channels come by cp.async into two stages of shared
 //   memory,
 //      tensor cores multiply (f32: plain fused multiply-adds), sums stay in registers.
@@ -21,7 +21,7 @@ namespace {
 template <class T, bool Last, int Channels>
 struct Arrays {
   float *norm1, *norm2, *taps;  // [2][channels], [2][S][channels], [taps][S][channels]
-  int *where, *source;          // [places] pixel of the map, and of x; -1 outside it
+  int64_t *source, *target;     // [places] offsets in x and in the output; -1 outside the map
   Stages<T, Rows<T, Last, Channels>> stages;
 };
 
@@ -33,8 +33,8 @@ FIF_HOST_DEVICE void carve(Arena& arena, int multiplier, Arrays<T, Last, Channel
   arrays->norm1 = arena.template take<float>(2 * Channels);
   arrays->norm2 = arena.template take<float>(2 * Channels * multiplier);
   arrays->taps = arena.template take<float>(K * K * Channels * multiplier);
-  arrays->where = arena.template take<int>(kPositions);
-  arrays->source = arena.template take<int>(kPositions);
+  arrays->source = arena.template take<int64_t>(kPositions);
+  arrays->target = arena.template take<int64_t>(kPositions);
   carve_stages(arena, &arrays->stages);
 }
 
@@ -45,19 +45,21 @@ struct Block {
 
   const InferCall& call;
   const Problem& p;
-  int group, first_map, end_map;       // maps of the block lie in one group of the primary convolution
-  int row0, column0, columns, places;  // first pixel of the tile's halo, places per row, places in all
-  int64_t image;
+  int group, first_map, end_map;     // maps of the block lie in one group of the primary convolution
+  int row0, column0, columns, rows;  // first pixel of the tile's halo; places per row, rows per image
+  int places;                        // in all images of the block
+  int64_t image;                     // the first
   Arrays<T, Last, Channels> s;
 
   FIF_DEVICE Block(const InferCall& c, SharedArena& arena) : call(c), p(c.p) {
     const int tiles = c.plan.tiles_h * c.plan.tiles_w;
     const int tile = static_cast<int>(blockIdx.x % tiles);
-    image = blockIdx.x / tiles;
+    image = blockIdx.x / tiles * c.plan.images;
     row0 = tile / c.plan.tiles_w * c.plan.tile_h - R;
     column0 = tile % c.plan.tiles_w * c.plan.tile_w - c.plan.pad;
     columns = c.plan.tile_w + 2 * c.plan.pad;
-    places = columns * (c.plan.tile_h + 2 * R);
+    rows = c.plan.tile_h + 2 * R;
+    places = c.plan.images * rows * columns;
     group = blockIdx.y / c.plan.blocks_per_group;
     const int maps = static_cast<int>(p.primary / p.groups);
     first_map = group * maps + blockIdx.y % c.plan.blocks_per_group * Channels;
@@ -69,10 +71,12 @@ struct Block {
   FIF_DEVICE void prepare() {
     const int multiplier = static_cast<int>(p.multiplier);
     for (int i = threadIdx.x; i < kPositions; i += kThreads) {
-      const int h = row0 + i / columns, w = column0 + i % columns;
-      const bool inside = i < places && h >= 0 && h < p.height && w >= 0 && w < p.width;
-      s.where[i] = inside ? h * static_cast<int>(p.width) + w : -1;
-      s.source[i] = inside ? static_cast<int>((h * p.in_width + w) * p.stride) : -1;
+      const int h = row0 + i / columns % rows, w = column0 + i % columns;
+      const int64_t n = image + i / (columns * rows);
+      const bool inside = i < places && n < p.batch && h >= 0 && h < p.height && w >= 0 && w < p.width;
+      const int64_t from = (h * p.in_width + w) * p.stride, to = h * p.width + w;
+      s.source[i] = inside ? n * call.x.batch + from * (Last ? call.x.step : 1) : -1;
+      s.target[i] = inside ? n * call.out.batch + to * (Last ? call.out.step : 1) : -1;
     }
     for (int i = threadIdx.x; i < Channels; i += kThreads) {
       const float2 v = first_map + i < end_map ? frozen_scale_shift<T>(call.primary, first_map + i) : float2{0.f, 0.f};
@@ -98,16 +102,14 @@ struct Block {
   template <class S>
   FIF_DEVICE void product(S& sums) {
     const int reduced = static_cast<int>(p.in_channels / p.groups), rounded = (places + 15) & ~15;
-    const T* x =
-        static_cast<const T*>(call.x.data) + image * call.x.batch + int64_t(group) * reduced * (Last ? 1 : call.x.step);
+    const T* x = static_cast<const T*>(call.x.data) + int64_t(group) * reduced * (Last ? 1 : call.x.step);
     const T* weight = static_cast<const T*>(call.primary_weight);
     multiply_chunks(sums, s.stages, reduced, [&](int stage, int chunk) {
       with_vector<T>(call.plan.vector, [&](auto vector) {
         constexpr int V = decltype(vector)::value;
         const auto from = [&](int place, int c) -> const T* {
-          const int pixel = s.source[place];
-          if (pixel < 0 || chunk + c >= reduced) return nullptr;
-          return Last ? x + pixel * call.x.step + chunk + c : x + (chunk + c) * call.x.step + pixel;
+          if (s.source[place] < 0 || chunk + c >= reduced) return nullptr;
+          return x + s.source[place] + (chunk + c) * (Last ? 1 : call.x.step);
         };
         if constexpr (Last)
           copy_rows<V, Row::kInput>(s.stages.input(stage), rounded, kChunk / V, x, from);
@@ -122,8 +124,9 @@ struct Block {
 
   // ---- depthwise
 
-  // Four channels from c on, column w of the tile, two rows: cheap maps number t of each.
-  FIF_DEVICE void store_quads(int c, int w, int strip, int t) {
+  // Four channels from c on, column w of the tile, two rows of an image that starts at place `first_place`: cheap maps
+  // number t of each.
+  FIF_DEVICE void store_quads(int c, int w, int strip, int first_place, int t) {
     constexpr int kRows = 2, Q = 4;
     const int multiplier = static_cast<int>(p.multiplier);
     float tap[K * K][Q], sum[kRows][Q] = {};
@@ -134,11 +137,11 @@ struct Block {
     FIF_UNROLL
     for (int row = 0; row < kRows + K - 1; ++row) {
       const int r = strip * kRows + row;
-      if (r >= call.plan.tile_h + 2 * R) break;
+      if (r >= rows) break;
       FIF_UNROLL
       for (int dx = 0; dx < K; ++dx) {
         float v[Q];
-        load_quad(s.stages.maps + (r * columns + w + call.plan.pad - R + dx) * Row::kMap + c, v);
+        load_quad(s.stages.maps + (first_place + r * columns + w + call.plan.pad - R + dx) * Row::kMap + c, v);
         FIF_UNROLL
         for (int dy = 0; dy < K; ++dy) {
           if (row - dy < 0 || row - dy >= kRows) continue;
@@ -152,12 +155,11 @@ struct Block {
     load_quad(s.norm2 + t * Channels + c, scale);
     load_quad(s.norm2 + (multiplier + t) * Channels + c, shift);
     const int left = end_map - first_map - c;  // channels from c on that exist
-    T* out = static_cast<T*>(call.out.data) + image * call.out.batch;
     FIF_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      const int r = strip * kRows + row, place = (r + R) * columns + w + call.plan.pad;
-      if (r >= call.plan.tile_h || s.where[place] < 0) break;
-      T* to = out + s.where[place] * call.out.step;
+      const int r = strip * kRows + row, place = first_place + (r + R) * columns + w + call.plan.pad;
+      if (r >= call.plan.tile_h || s.target[place] < 0) break;
+      T* to = static_cast<T*>(call.out.data) + s.target[place];
       if (t == 0 && p.splice) put_quad(to + first_map + c, 1, left, vec_load<Q>(s.stages.maps + place * Row::kMap + c));
       Vec<T, Q> z;
       FIF_UNROLL
@@ -168,16 +170,16 @@ struct Block {
     }
   }
 
-  // Channel c, column w of the tile, four rows: cheap map number t.
-  FIF_DEVICE void store_rows(int c, int w, int strip, int t) {
+  // Channel c, column w of the tile, four rows of an image that starts at place `first_place`: cheap map number t.
+  FIF_DEVICE void store_rows(int c, int w, int strip, int first_place, int t) {
     constexpr int kRows = 4;
     const int multiplier = static_cast<int>(p.multiplier);
-    const T* map = s.stages.maps + c * Row::kMap;
+    const T* map = s.stages.maps + c * Row::kMap + first_place;
     float sum[kRows] = {};
     FIF_UNROLL
     for (int row = 0; row < kRows + K - 1; ++row) {
       const int r = strip * kRows + row;
-      if (r >= call.plan.tile_h + 2 * R) break;
+      if (r >= rows) break;
       FIF_UNROLL
       for (int dx = 0; dx < K; ++dx) {
         const float v = to_float(map[r * columns + w + call.plan.pad - R + dx]);
@@ -189,33 +191,35 @@ struct Block {
     }
     const float scale = s.norm2[t * Channels + c], shift = s.norm2[(multiplier + t) * Channels + c];
     const int64_t channel = p.kept_primary() + int64_t(first_map + c) * multiplier + t;
-    T* out = static_cast<T*>(call.out.data) + image * call.out.batch;
     FIF_UNROLL
     for (int row = 0; row < kRows; ++row) {
       const int r = strip * kRows + row, place = (r + R) * columns + w + call.plan.pad;
-      if (r >= call.plan.tile_h || s.where[place] < 0) break;
-      if (t == 0 && p.splice) out[(first_map + c) * call.out.step + s.where[place]] = map[place];
+      if (r >= call.plan.tile_h || s.target[first_place + place] < 0) break;
+      T* out = static_cast<T*>(call.out.data) + s.target[first_place + place];
+      if (t == 0 && p.splice) out[(first_map + c) * call.out.step] = map[place];
       if (channel < p.out_channels)
-        out[channel * call.out.step + s.where[place]] =
-            from_float<T>(activate(fmaf(sum[row], scale, shift), p.activation));
+        out[channel * call.out.step] = from_float<T>(activate(fmaf(sum[row], scale, shift), p.activation));
     }
   }
 
   // Neighbouring threads write neighbouring channels (NHWC) or pixels (NCHW).
   FIF_DEVICE void depthwise() {
     const int width = call.plan.tile_w, multiplier = static_cast<int>(p.multiplier);
-    const int left = end_map - first_map, channels = left < Channels ? left : Channels;
+    const int left = end_map - first_map, channels = left < Channels ? left : Channels, per_image = rows * columns;
     if constexpr (Last) {
-      const int quads = (channels + 3) / 4, strips = (call.plan.tile_h + 1) / 2, items = quads * width * strips;
+      const int quads = (channels + 3) / 4, strips = (call.plan.tile_h + 1) / 2, one = quads * width * strips;
+      const int items = one * call.plan.images;
       for (int i = threadIdx.x; i < items * multiplier; i += kThreads) {
-        const int item = i % items;
-        store_quads(item % quads * 4, item / quads % width, item / (quads * width), i / items);
+        const int item = i % items, of_image = item % one;
+        store_quads(of_image % quads * 4, of_image / quads % width, of_image / (quads * width), item / one * per_image,
+                    i / items);
       }
     } else {
-      const int strips = (call.plan.tile_h + 3) / 4, items = channels * width * strips;
+      const int strips = (call.plan.tile_h + 3) / 4, one = width * strips * call.plan.images, items = channels * one;
       for (int i = threadIdx.x; i < items * multiplier; i += kThreads) {
-        const int item = i % items;
-        store_rows(item / (width * strips), item % width, item / width % strips, i / items);
+        const int item = i % items, of_channel = item % one;
+        store_rows(item / one, of_channel % width, of_channel / width % strips,
+                   of_channel / (width * strips) * per_image, i / items);
       }
     }
   }
@@ -236,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor<T, Channel
   each_sum(sums, block.places, [&](int place, int channel, float sum) {
     const float v = activate(fmaf(sum, s.norm1[channel], s.norm1[Channels + channel]), call.p.activation);
     s.stages.maps[Last ? place * Row::kMap + channel : channel * Row::kMap + place] =
-        from_float<T>(s.where[place] >= 0 ? v : 0.f);
+        from_float<T>(s.target[place] >= 0 ? v : 0.f);
   });
   __syncthreads();
   block.depthwise();

@@ -68,6 +68,7 @@ struct Plan {
   int tile_h, tile_w;    // pixels of a tile
   int pad;               // columns to the left and right of it: the halo, rounded up to whole loads (NCHW)
   int tiles_h, tiles_w;  // tiles of a map
+  int images;            // of a block, where a map is one tile
   int channels;          // primary maps of a block: 16, 32 or 64
   int vector;            // elements of one load from x
   int blocks_per_group;  // blocks of channels in a group of the primary convolution
@@ -78,7 +79,7 @@ struct Plan {
 };
 
 // The tile with the least work: places computed, with a charge for the part of them that lies outside the map.
-inline Plan plan_inference(const Problem& p, const Input& x) {
+inline Plan plan_inference(const Problem& p, const Input& x, const Device& device) {
   const int halo = p.kernel / 2;
   const int64_t maps = p.primary / p.groups;
   Plan best{};
@@ -102,10 +103,20 @@ inline Plan plan_inference(const Problem& p, const Input& x) {
   }
   best.tiles_h = static_cast<int>(ceil_div(p.height, best.tile_h));
   best.tiles_w = static_cast<int>(ceil_div(p.width, best.tile_w));
-  best.blocks_x = p.batch * best.tiles_h * best.tiles_w;
+  const int64_t tiles = p.batch * best.tiles_h * best.tiles_w;
+  const auto blocks_of = [&](int channels) { return ceil_div(maps, channels) * p.groups; };
+  // Narrow blocks where wide ones would leave multiprocessors idle; several images where they are too many anyway.
+  while (best.channels > 16 && tiles * blocks_of(best.channels) < device.multiprocessors / 2) best.channels /= 2;
   best.blocks_per_group = static_cast<int>(ceil_div(maps, best.channels));
-  best.blocks_y = static_cast<int>(best.blocks_per_group * p.groups);
-  const int64_t places = (best.tile_h + 2 * halo) * (best.tile_w + 2 * halo);
+  best.blocks_y = static_cast<int>(blocks_of(best.channels));
+  const int64_t positions = (best.tile_h + 2 * halo) * (best.tile_w + 2 * best.pad);
+  best.images = 1;
+  if (best.tiles_h == 1 && best.tiles_w == 1) {
+    const int64_t most = kPositions / positions, spare = tiles * best.blocks_y / (2 * device.multiprocessors);
+    best.images = static_cast<int>(spare < 1 ? 1 : spare < most ? spare : most);
+  }
+  best.blocks_x = ceil_div(tiles, best.images);
+  const int64_t places = (best.tile_h + 2 * halo) * (best.tile_w + 2 * halo) * best.images;
   best.bytes_read =
       best.blocks_x * best.blocks_y * (places + best.channels) * (p.in_channels / p.groups) * element_bytes(p.dtype);
   best.bytes_written = p.batch * p.pixels() * p.out_channels * element_bytes(p.dtype);
