@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -124,6 +125,19 @@ def find_cuda() -> tuple[str, Path] | None:
     return (nvcc, home) if nvcc and home else None
 
 
+def check_cuda(nvcc: str) -> None:
+    """A driver that torch's CUDA is content with may be too old for kernels of a newer one."""
+    import torch
+
+    ours = re.search(r"release (\d+)\.(\d+)", " ".join(lines_of(nvcc, "--version")))
+    torchs = torch.version.cuda
+    if ours and torchs and int(ours[1]) > int(torchs.split(".")[0]):
+        stop(
+            f"{nvcc} is of CUDA {ours[1]}.{ours[2]} and torch {torch.__version__} of CUDA {torchs}: set CUDA_HOME to a "
+            f"toolkit of CUDA {torchs.split('.')[0]}, or FIF_OPS_SKIP_CUDA=1 to install without kernels for GPUs"
+        )
+
+
 def cuda_archs(nvcc: str) -> list[str]:
     """The architectures to build for: FIF_OPS_CUDA_ARCHS, or those of CUDA_ARCHS that this nvcc knows."""
     known = {line[8:] for line in lines_of(nvcc, "--list-gpu-arch")}
@@ -158,6 +172,7 @@ def cuda_part(folder: str, torch_includes: str) -> tuple[list[str], list[str], s
     if found is None:
         return [], [], "", []
     nvcc, home = found
+    check_cuda(nvcc)
     archs = cuda_archs(nvcc)
     codes = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
     newest = max(archs, key=int)  # embedded as PTX too, for GPUs to come

@@ -243,6 +243,7 @@ def test_kernels_left_out_on_purpose(source_tree):
     assert not list(source_tree.rglob("*.so"))
 
 
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the path")
 OLD_SETUPTOOLS = "import setuptools; setuptools.__version__ = '65.5.0'"
 OLD_TORCH = "import torch; torch.__version__ = '2.9.1+cpu'"
 NO_TORCH = "sys.modules['torch'] = None"
@@ -259,6 +260,13 @@ NO_NINJA = (
         (OLD_SETUPTOOLS, {}, "setuptools 65.5.0 is too old: run `pip install 'setuptools>=77'`"),
         (NO_NINJA, {}, "ninja is missing: run `pip install ninja`"),
         ("pass", {"CXX": "/nonexistent/g++", "FIF_OPS_REQUIRE_KERNELS": "1"}, "no C++ compiler"),
+        pytest.param(
+            "import torch; torch.version.cuda = '11.8'",
+            {},
+            "of CUDA 11.8: set CUDA_HOME to a toolkit of CUDA 11",
+            marks=needs_nvcc,
+        ),
+        pytest.param("pass", {"FIF_OPS_CUDA_ARCHS": "42"}, "FIF_OPS_CUDA_ARCHS names 42, which", marks=needs_nvcc),
         ("pass", {"MAX_JOBS": "many"}, "MAX_JOBS=many should be a positive number"),
     ],
 )
