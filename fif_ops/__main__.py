@@ -1,4 +1,4 @@
-"""Command line: ``python -m fif_ops demo`` and ``python -m fif_ops info``."""
+"""Command line: ``python -m fif_ops demo``, ``info`` and ``tune``."""
 
 from __future__ import annotations
 
@@ -47,6 +47,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fif_ops {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_demo(commands)
+    from . import tune
+
+    tune.add_arguments(
+        commands.add_parser(
+            "tune",
+            help="measure the Triton kernels on this machine's GPU and keep the best configurations",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+    )
     info = commands.add_parser("info", help="show versions, the library, the instruction set and the backends")
     info.add_argument("--json", action="store_true", dest="as_json", help="print the same as JSON")
     return parser
@@ -103,6 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from . import info
 
             return info.run(**options)
+        if command == "tune":
+            from . import tune
+
+            return tune.run(tune.Settings(**options))
         from . import demo
 
         return demo.run(demo.Settings(**options))

@@ -311,9 +311,7 @@ def test_operators_survive_odd_numbers(operator):
         return [
             (name, odd)
             for (index, name), odd in itertools.product(enumerate(names_of(operator)), ODD_NUMBERS)
-            if accepted(operator, index, odd)
-            and takes_a_tensor(operator, index)
-            and odd is not None
+            if accepted(operator, index, odd) and takes_a_tensor(operator, index) and odd is not None
         ]
 
     assert in_child(tensors_accepted) == []

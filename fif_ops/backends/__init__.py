@@ -170,7 +170,11 @@ class _Cuda(_Kernels):
         return "" if 10 * major + minor >= oldest else f"{x.device} is sm_{major}{minor}, older than sm_{oldest}"
 
 
-_ORDER: tuple[Backend, ...] = (_Cuda(), _Cpu(), _Reference())
+from .triton import Triton  # noqa: E402  (after the base class that it needs)
+
+# The binary kernels first, until a measurement says otherwise; Triton takes those units on a GPU that they refuse, and
+# CPU tensors only where it is interpreted.
+_ORDER: tuple[Backend, ...] = (_Cuda(), _Cpu(), Triton(), _Reference())
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ORDER}
 REFERENCE = BACKENDS["reference"]
 

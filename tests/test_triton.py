@@ -1,0 +1,150 @@
+"""The Triton backend: choice of configurations, tuning, and life without Triton. Nothing here needs Triton itself."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fif_ops import tune
+from fif_ops.backends import Problem
+from fif_ops.backends import triton as backend
+from fif_ops.backends.triton import config
+from fif_ops.backends.triton.host import Unit, cdiv, unit_of
+
+
+@pytest.fixture(autouse=True)
+def no_cache_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("FIF_OPS_CACHE", str(tmp_path / "cache.json"))
+    config.reset()
+    yield
+    config.reset()
+
+
+# ---- choices
+
+
+def any_unit(**changes) -> Unit:
+    x = torch.empty(128, 64, 28, 28, dtype=torch.float16, device="meta").contiguous(memory_format=torch.channels_last)
+    w1, w2 = x.new_empty(32, 64, 1, 1), x.new_empty(32, 1, 3, 3)
+    return unit_of(x, w1, w2, 64, 1, True, 1, 1, False)._replace(**changes)
+
+
+def test_choices_are_saved_and_read(tmp_path, monkeypatch):
+    unit, device = any_unit(), torch.device("cpu")
+    name = config.bucket("product", unit)
+    first = config.pick("product", unit, device)
+    config.save(config.cache_path(), "cpu", {name: 1})
+    assert config.pick("product", unit, device) == config.CANDIDATES["product"](unit)[1] != first
+    config.save(config.cache_path(), "cpu", {"another": 2})
+    assert json.loads(config.cache_path().read_text())["choices"] == {"cpu": {name: 1, "another": 2}}
+    config.save(config.cache_path(), "cpu", {name: 99})
+    assert config.pick("product", unit, device) == first
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 0, "choices": {}}', '{"format": 1, "choices": {"cpu": []}}', '{"format": 1, "choices": 3}'])  # fmt: skip
+def test_a_bad_cache_file_counts_as_empty(content):
+    config.cache_path().write_text(content)
+    assert config.pick("product", any_unit(), torch.device("cpu")) == config.CANDIDATES["product"](any_unit())[0]
+
+
+def test_cache_path_without_the_variable(monkeypatch, tmp_path):
+    monkeypatch.delenv("FIF_OPS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert config.cache_path() == tmp_path / "fif_ops" / "triton.json"
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_halo_tiles_cover_every_map(last, kernel):
+    """Own pixels reach across the map, and a halo holds what the cheap kernel reads."""
+    for size in (1, 2, 3, 7, 8, 14, 28, 30, 56, 57, 112, 224):
+        for images in (1, 3, 128):
+            unit = any_unit(last=last, kernel=kernel, height=size, width=size, images=images)
+            for places in (128, 256, 512):
+                best = config.halo_configs(unit, 16, places)
+                assert best
+                for c in best:
+                    assert c.tile[0] * c.tile[1] * c.tile[2] == places
+                    for i in (0, 1):
+                        covers = c.tile[1 + i] >= size and c.halo[i] == 0
+                        assert covers or (c.halo[i] >= kernel // 2 and c.own[i] > 0)
+                    assert config.tiles_of(unit, c) >= cdiv(images * size * size, places)
+
+
+def test_the_rule_fuses_where_it_saves_traffic():
+    cpu = torch.device("cpu")
+    assert config.inference(any_unit(images=128, height=7, width=7, in_channels=160, maps=480), cpu) is not None
+    assert config.inference(any_unit(images=128, height=28, width=28, in_channels=960, maps=16), cpu) is None
+
+
+# ---- tuning
+
+
+def test_tune_lists_what_it_would_measure(capsys):
+    assert tune.run(tune.Settings(dry_run=True)) == 0
+    printed = capsys.readouterr().out
+    assert "64-32@28 b128 3x3 float16 channels_last" in printed and str(config.cache_path()) in printed
+
+
+def test_tune_needs_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.run(tune.Settings()) == tune.FAILED
+    assert "no NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_tune_options_have_the_names_of_the_settings():
+    parser = argparse.ArgumentParser()
+    tune.add_arguments(parser)
+    options = vars(parser.parse_args(["--batches", "1", "2", "--dry-run"]))
+    assert tune.Settings(**options).dry_run and list(tune.Settings(**options).batches) == [1, 2]
+
+
+# ---- without Triton, or with a bad one
+
+
+def python(program: str, **environment: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_importing_the_package_leaves_triton_alone():
+    assert python("import sys, fif_ops, fif_ops.backends.triton; print('triton' in sys.modules)") == "False"
+
+
+def test_operators_are_declared_without_triton():
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch, fif_ops.backends.triton
+x = torch.empty(2, 3, 5, 5, device="meta").contiguous(memory_format=torch.channels_last)
+out = torch.ops.fif_ops_triton.infer(x, x.new_empty(4, 3, 1, 1), x.new_empty(4, 1, 3, 3), *[None] * 10, 0, 0, 7, 1, True, stride=2)
+print(tuple(out.shape), out.is_contiguous(memory_format=torch.channels_last))
+"""
+    assert python(program) == "(2, 7, 3, 3) True"
+
+
+REASONS = {
+    "absent": ('importlib.util.find_spec = lambda name, *rest: None', "Triton is not installed (pip install triton)"),
+    "old": ('importlib.util.find_spec = lambda name, *rest: 1; importlib.metadata.version = lambda name: "3.5.1"', "Triton 3.5.1 is older than 3.6"),
+    "broken": ('sys.modules["triton"] = None; importlib.util.find_spec = lambda name, *rest: 1', "does not work here (ModuleNotFoundError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_one_quiet_reason(case):
+    patch, message = REASONS[case]
+    program = f"import sys, importlib.util, importlib.metadata, fif_ops.backends.triton as t; {patch}; print(t.triton_reason())"
+    assert message in python(program)
+
+
+def test_reasons_of_problems():
+    x = torch.randn(2, 3, 4, 4)
+    problem = Problem(x, x.new_empty(4, 3, 1, 1), x.new_empty(4, 1, 3, 3), 1, 0, 1, False)
+    chosen = backend.Triton()
+    assert "not on cuda" in chosen.reason(problem)
+    assert chosen.fuses_primary(problem) and not chosen.fuses_primary(problem._replace(padding=1))
