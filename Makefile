@@ -16,7 +16,7 @@ SANITIZED := build/sanitize/_C.so
 export FIF_OPS_CUDA_ARCHS ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u),90)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu sanitize lint format wheel clean distclean compiler
+.PHONY: help demo test bench gpu sanitize registers lint format wheel clean distclean compiler
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -35,6 +35,9 @@ gpu:  ## tests and benchmarks on the GPU at hand, in 8 minutes; with the torch o
 
 sanitize: compiler $(LIBRARY) $(SANITIZED)  ## only the tests of the kernels built with address and undefined-behaviour sanitizers
 	$(PY) -m pytest -k sanitize $(ARGS)
+
+registers: $(LIBRARY)  ## rewrite the table of the CUDA kernels' registers and occupancy; needs nvcc
+	$(PY) tests/cuda_static.py --write
 
 lint: $(LINTERS)  ## ruff, mypy, clang-format: report
 	$(PY) -m ruff check

@@ -216,8 +216,19 @@ def test_other_primary_convolutions_and_no_norms(device, unit, layout):
     names = names_of_launches(device)
     assert ("raw_kernel" in names) == ("input_kernel" in names) == fused
     assert len(names) <= 7
+    for dtype in (torch.bfloat16, torch.float16):
+        check(Case(unit, dtype, layout, training))
+    device.reset_launches()
     check(Case(unit, torch.float16, layout, (False, False)), gradients=False)
-    assert names_of_launches(device)[len(names) :] == ["infer_kernel" if fused else "apply_kernel"]
+    assert names_of_launches(device) == ["infer_kernel" if fused else "apply_kernel"]
+
+
+@pytest.mark.parametrize("maps", [10, 20, 40])
+@pytest.mark.parametrize("kernel", [3, 5])
+@both_layouts
+def test_every_width_of_a_block(layout, kernel, maps):
+    for dtype in FORMATS:
+        check(Case(Unit(2, 9, maps, 1, 5, 6, kernel), dtype, layout, (False, False)), gradients=False)
 
 
 @pytest.mark.parametrize("training", list(itertools.product([False, True], repeat=2)), ids=str)
@@ -242,7 +253,7 @@ def test_kinks(layout, activation):
 
 
 @both_layouts
-def test_tf32_where_torch_allows_it(layout, monkeypatch):
+def test_tf32_where_torch_allows_it(device, layout, monkeypatch):
     """The kernels take it from the operators' argument; the switch reaches that on CUDA tensors only."""
     operators = {name: getattr(torch.ops.fif_ops_simulated, name) for name in ("infer", "train", "backward")}
 
@@ -257,7 +268,10 @@ def test_tf32_where_torch_allows_it(layout, monkeypatch):
     check(case, limits=(1e-3, 4e-3))
     assert not torch.equal(exact["output"], case.run(feature_augment, wide=False)["output"])
     check(Case(UNITS[3], torch.float32, layout), limits=(1e-3, 4e-3))
-    check(Case(UNITS[2], torch.float32, layout, (False, False)), gradients=False, limits=(1e-3, 0))
+    for kernel, maps in itertools.product((3, 5), (10, 20, 40)):
+        check(Case(Unit(2, 9, maps, 1, 5, 6, kernel), torch.float32, layout), limits=(1e-3, 4e-3))
+        evaluated = Case(Unit(2, 40, maps, 1, 5, 6, kernel), torch.float32, layout, (False, False))
+        check(evaluated, gradients=False, limits=(1e-3, 0))
 
 
 def test_halo_is_zero_after_the_activation():

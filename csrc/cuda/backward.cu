@@ -168,7 +168,8 @@ struct WeightSums {
 };
 
 template <class T, bool Last, int K>
-__global__ void __launch_bounds__(kThreads, 2) gradient_kernel(const __grid_constant__ BackwardCall call) {
+__global__ void __launch_bounds__(kThreads, Last && sizeof(T) == 4 ? 1 : 2)
+    gradient_kernel(const __grid_constant__ BackwardCall call) {
   using B = CheapBlock<T, Last, K>;
   const Problem& p = call.p;
   FIF_SHARED(shared);
