@@ -394,6 +394,10 @@ def test_devices_of_every_size(device, multiprocessors, per_block, per_multiproc
     device.set_device(multiprocessors, per_block << 10, per_multiprocessor << 10)
     for layout in LAYOUTS:
         check(Case(Unit(2, 20, 12, 1, 13, 19), torch.float16, layout))
+        for kernel, multiplier in ((5, 1), (3, 3)):
+            wide = Unit(1, 20, 70, multiplier, 6, 9, kernel)
+            check(Case(wide, torch.float32, layout))
+            check(Case(wide, torch.float32, layout, (False, False)), gradients=False)
 
 
 @pytest.mark.parametrize("kernel", [3, 5])

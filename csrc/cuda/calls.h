@@ -82,6 +82,7 @@ struct BackwardCall {
 };
 
 // Fill in the plans. False: no tile of these maps fits into shared memory.
+bool plan_inference(InferCall& call, const Device& device);
 bool plan_training(TrainCall& call, const Device& device);
 bool plan_backward(BackwardCall& call, const Device& device);
 

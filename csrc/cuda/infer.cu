@@ -246,13 +246,17 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor<T, Channel
   block.depthwise();
 }
 
+template <class T, bool Last, int K, int Channels>
+int shared_bytes(const Problem& p) {
+  Arrays<T, Last, Channels> unused;
+  return bytes_of([&](Sizer& sizer) { carve<T, Last, K, Channels>(sizer, static_cast<int>(p.multiplier), &unused); });
+}
+
 template <class T, bool Last, int K, int Channels, bool Tf32>
 cudaError_t launch(const InferCall& call, cudaStream_t stream) {
-  Arrays<T, Last, Channels> unused;
-  const int shared =
-      bytes_of([&](Sizer& sizer) { carve<T, Last, K, Channels>(sizer, static_cast<int>(call.p.multiplier), &unused); });
   const dim3 grid(static_cast<unsigned>(call.plan.blocks_x), call.plan.blocks_y);
-  return FIF_LAUNCH((infer_kernel<T, Last, K, Channels, Tf32>), grid, kThreads, shared, stream, call);
+  return FIF_LAUNCH((infer_kernel<T, Last, K, Channels, Tf32>), grid, kThreads,
+                    (shared_bytes<T, Last, K, Channels>(call.p)), stream, call);
 }
 
 template <class T, bool Last, int K, bool Tf32>
@@ -265,6 +269,25 @@ cudaError_t launch(const InferCall& call, cudaStream_t stream) {
 }
 
 }  // namespace
+
+bool plan_inference(InferCall& call, const Device& device) {
+  const Problem& p = call.p;
+  const auto shared = [&](int channels) -> int64_t {
+    return with_format(p, [&](auto format) -> int64_t {
+      using T = typename decltype(format)::type;
+      constexpr bool kLast = decltype(format)::kLast;
+      const auto of = [&](auto kernel) {
+        constexpr int K = decltype(kernel)::value;
+        return channels == 16 ? shared_bytes<T, kLast, K, 16>(p)
+            : channels == 32  ? shared_bytes<T, kLast, K, 32>(p)
+                              : shared_bytes<T, kLast, K, 64>(p);
+      };
+      return p.kernel == 3 ? of(std::integral_constant<int, 3>{}) : of(std::integral_constant<int, 5>{});
+    });
+  };
+  call.plan = plan_inference(p, call.x, device, shared);
+  return shared(call.plan.channels) <= device.shared_per_block;
+}
 
 cudaError_t launch_inference(const InferCall& call, cudaStream_t stream) {
   return with_format(call.p, [&](auto format) {

@@ -145,7 +145,7 @@ Tensor infer(const Tensor& x, const OptionalTensor& primary_weight, const Tensor
                         .primary = primary,
                         .cheap = cheap,
                         .out = output(out, p.channels_last)};
-    call.plan = gpu::plan_inference(p, call.x, device_of(x.get_device_index()));
+    STD_TORCH_CHECK(gpu::plan_inference(call, device_of(x.get_device_index())), "no tile fits into shared memory");
     check_grid(call.plan.blocks_x, call.plan.blocks_y);
     check(gpu::launch_inference(call, stream), "infer");
   } else {

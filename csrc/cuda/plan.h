@@ -79,7 +79,9 @@ struct Plan {
 };
 
 // The tile with the least work: places computed, with a charge for the part of them that lies outside the map.
-inline Plan plan_inference(const Problem& p, const Input& x, const Device& device) {
+// `shared_bytes(channels)` says what a block would take.
+template <class SharedBytes>
+Plan plan_inference(const Problem& p, const Input& x, const Device& device, SharedBytes shared_bytes) {
   const int halo = p.kernel / 2;
   const int64_t maps = p.primary / p.groups;
   Plan best{};
@@ -106,7 +108,10 @@ inline Plan plan_inference(const Problem& p, const Input& x, const Device& devic
   const int64_t tiles = p.batch * best.tiles_h * best.tiles_w;
   const auto blocks_of = [&](int channels) { return ceil_div(maps, channels) * p.groups; };
   // Narrow blocks where wide ones would leave multiprocessors idle; several images where they are too many anyway.
-  while (best.channels > 16 && tiles * blocks_of(best.channels) < device.multiprocessors / 2) best.channels /= 2;
+  while (best.channels > 16 &&
+         (tiles * blocks_of(best.channels) < device.multiprocessors / 2 ||
+          shared_bytes(best.channels) > device.shared_per_block))
+    best.channels /= 2;
   best.blocks_per_group = static_cast<int>(ceil_div(maps, best.channels));
   best.blocks_y = static_cast<int>(blocks_of(best.channels));
   const int64_t positions = (best.tile_h + 2 * halo) * (best.tile_w + 2 * best.pad);

@@ -35,7 +35,11 @@ inline std::vector<Prediction> predict(const Problem& p, const Device& device, b
                       written * element};
   };
   if (!trains && p.has_primary) {
-    const Plan plan = plan_inference(p, x, device);
+    InferCall call{};
+    call.p = p;
+    call.x = x;
+    if (!plan_inference(call, device)) return {};
+    const Plan& plan = call.plan;
     return {{"infer_kernel", plan.tile_h, plan.tile_w, plan.channels, plan.blocks_x * plan.blocks_y, plan.bytes_read,
              plan.bytes_written}};
   }
