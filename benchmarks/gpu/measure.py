@@ -50,12 +50,24 @@ def measure(item: Item, device: Device, peers: dict[str, Peer], bandwidth: float
     if item.shape is not None:
         assert isinstance(task.module, FeatureAugment)
         with torch.set_grad_enabled(task.training):
-            record["explanation"] = str(explain(FusedFiF.from_reference(task.module), task.x))
+            unit = FusedFiF.from_reference(task.module)
+            record["explanation"] = str(explain(unit, task.x))
+            planned = {last: _planned_bytes(unit, task.x, last) for last in (False, True)}
         moved = minimal_elements(item.shape, item.training) * item.precision.dtype.itemsize
         record["minimal_bytes"] = moved
         for figures in record["peers"].values():
             figures["bandwidth_share"] = moved / figures["median"] / bandwidth
+        for peer in race.peers:
+            if peer.family == "fused":
+                record["peers"][peer.name]["planned_bytes"] = planned[peer.channels_last]
     return record
+
+
+def _planned_bytes(unit: FusedFiF, x: torch.Tensor, last: bool) -> int | None:
+    """What the planner expects all launches to move, to and from the second-level cache; None without a plan."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    plan = explain(unit, x.contiguous(memory_format=layout)).plan
+    return sum(launch.bytes_read + launch.bytes_written for launch in plan) or None
 
 
 def _leaders(race: Race) -> list[str]:

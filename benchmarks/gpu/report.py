@@ -28,7 +28,7 @@ RIVALS = {
     "eager graph": "graphs",
     "fused triton": "triton",
 }
-HEADS = ("task", "ours", "best", *RIVALS.values(), "share", "launches", "host us", "peak")
+HEADS = ("task", "ours", "best", *RIVALS.values(), "share", "plan", "launches", "host us", "peak")
 
 
 class Line(NamedTuple):
@@ -38,6 +38,7 @@ class Line(NamedTuple):
     seconds: float | None
     ratios: dict[str, float | None]
     share: float | None
+    plan: float | None
     launches: tuple[int | None, int | None]
     host: tuple[float | None, float | None]
     peak: float | None
@@ -70,6 +71,7 @@ def line(record: dict[str, Any]) -> Line:
         None if ours is None else ours["median"],
         ratios,
         (ours or {}).get("bandwidth_share"),
+        ours["planned_bytes"] / record["minimal_bytes"] if ours and ours.get("planned_bytes") else None,
         both("launches"),
         both("host"),
         peaks[0] / peaks[1] if peaks[0] is not None and peaks[1] else None,
@@ -111,6 +113,7 @@ def _cells(figures: Line) -> tuple[str, ...]:
         number(figures.ratios["best"]),
         *(number(figures.ratios[title]) for title in RIVALS.values()),
         number(figures.share, ".0%"),
+        number(figures.plan, ".1f"),
         pair(figures.launches),
         pair(figures.host, 1e6),
         number(figures.peak, ".0%"),
@@ -218,7 +221,8 @@ LEGEND = """
 ours: microseconds of the fused unit, device time, caches cold, in its better layout. best, vs ...: median time of that
 rival (in its better layout) over ours; best is of eager, compile and compile in its thorough mode (vs max); graphs:
 replayed graphs, eager over ours; triton: that backend over the first. share: the least bytes that must travel, over
-our time, of the copy bandwidth. launches, host us: ours/best rival's. peak: memory that a training step takes at its
+our time, of the copy bandwidth; plan: what the planner expects to move through the second-level cache, over those
+least bytes. launches, host us: ours/best rival's. peak: memory that a training step takes at its
 peak, ours of eager's."""
 
 

@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #define FIF_HOST_DEVICE __host__ __device__ __forceinline__
@@ -127,10 +128,18 @@ FIF_DEVICE T from_float(float v) {
   }
 }
 
-// The same bits as another type of the same size. By the compiler itself: after memcpy nvcc loads byte by byte.
+// The same bits as another type of the same size. By the compiler itself where it agrees (not for pairs of halves):
+// after memcpy nvcc loads vectors byte by byte.
 template <class To, class From>
 FIF_DEVICE To bit_cast(const From& from) {
-  return __builtin_bit_cast(To, from);
+  static_assert(sizeof(To) == sizeof(From));
+  if constexpr (std::is_trivially_copyable_v<To> && std::is_trivially_copyable_v<From>) {
+    return __builtin_bit_cast(To, from);
+  } else {
+    To to;
+    memcpy(static_cast<void*>(&to), static_cast<const void*>(&from), sizeof to);
+    return to;
+  }
 }
 
 // Two numbers, rounded to the 16-bit type T, in one register; the first in the low half.
