@@ -115,9 +115,17 @@ class _Cpu(_Kernels):
         return "" if ops.CPU_ISA in ops.CPU_ISAS else ops.CPU_ISA
 
 
-class _Cuda(_Kernels):
-    """Any primary convolution: what the kernels do not fuse, torch's convolution does before them."""
+class AnyPrimary(Backend):
+    """Takes any primary convolution: what the kernels do not fuse, torch's convolution does before them."""
 
+    def fuses_primary(self, problem: Problem) -> bool:
+        primary = problem.primary_weight
+        # A block of the kernels works on maps of one group: few maps would leave it idle.
+        wide_groups = problem.groups == 1 or primary.shape[0] >= 8 * problem.groups
+        return primary.shape[2] == primary.shape[3] == 1 and problem.padding == 0 and wide_groups
+
+
+class _Cuda(AnyPrimary, _Kernels):
     # Cheap maps of one primary map whose sums fit into the shared memory of every GPU, by kernel size.
     most_cheap: ClassVar[dict[int, int]] = {3: 7, 5: 4}
 
@@ -131,12 +139,6 @@ class _Cuda(_Kernels):
         if not ops.CUDA_ARCHS:
             return "the library was built without nvcc"
         return "" if torch.cuda.is_available() else "torch finds no NVIDIA GPU"
-
-    def fuses_primary(self, problem: Problem) -> bool:
-        primary = problem.primary_weight
-        # A block of the kernels works on maps of one group: few maps would leave it idle.
-        wide_groups = problem.groups == 1 or primary.shape[0] >= 8 * problem.groups
-        return primary.shape[2] == primary.shape[3] == 1 and problem.padding == 0 and wide_groups
 
     def primary_reason(self, problem: Problem) -> str:
         cheap = problem.cheap_weight

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ... import ops
-from .. import Backend, Problem
+from .. import AnyPrimary, Problem
 from .host import INTERPRETED, KERNEL_SIZES
 
 OLDEST_TRITON = (3, 6)
@@ -108,9 +108,7 @@ def _version_of(distribution: str) -> str:
         return ""
 
 
-class Triton(Backend):
-    """Any primary convolution: what the kernels do not fuse, torch's convolution does before them."""
-
+class Triton(AnyPrimary):
     name = "triton"
     namespace = "fif_ops_triton"
 
@@ -118,12 +116,6 @@ class Triton(Backend):
         if not INTERPRETED and not torch.cuda.is_available():
             return "torch finds no NVIDIA GPU"
         return triton_reason()
-
-    def fuses_primary(self, problem: Problem) -> bool:
-        primary = problem.primary_weight
-        # A program works on maps of one group: few maps would leave it idle.
-        wide_groups = problem.groups == 1 or primary.shape[0] >= 8 * problem.groups
-        return primary.shape[2] == primary.shape[3] == 1 and problem.padding == 0 and wide_groups
 
     def reason(self, problem: Problem) -> str:
         x, cheap = problem.x, problem.cheap_weight

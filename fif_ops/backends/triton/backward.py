@@ -15,6 +15,7 @@ from .host import (
     check_map,
     divisor,
     launch,
+    map_arguments,
     new_floats,
     new_map,
     parameter,
@@ -22,6 +23,7 @@ from .host import (
     processors,
     slots_for,
     unit_of,
+    width_units,
 )
 from .primary_backward import maps_gradient_kernel, primary_backward_kernel, reduce_kernel
 
@@ -53,13 +55,6 @@ class Norms:
         }
 
 
-def _width_units(unit: Unit) -> tuple[int, int]:
-    """Units of the width, and of the numbers of channels."""
-    if not unit.last:
-        return divisor(unit.width), 1
-    return 1, min(divisor(unit.maps), divisor(unit.kept_primary), divisor(unit.kept_cheap))
-
-
 def _run(unit: Unit, m: Map) -> int:
     """Elements that lie dense: channels, or a row."""
     return m.data.shape[1] if unit.last else unit.width
@@ -74,18 +69,14 @@ def run_sums(unit: Unit, grad: Map, raw: Map, weight: Tensor, norms: Norms) -> T
     slots = slots_for(device, tiles, blocks)
     partials = new_floats(raw.data, slots, 2, unit.cheap)
     vg, vi = grad.vector(_run(unit, grad)), raw.vector(_run(unit, raw))
-    vw, vn = _width_units(unit)
+    vw, vn = width_units(unit)
     launch(
         sums_kernel,
         blocks * slots,
         config.warps,
         config.stages,
-        grad=grad.data,
-        grad_batch=grad.batch // vg,
-        grad_step=grad.step // vg,
-        raw=raw.data,
-        raw_batch=raw.batch // vi,
-        raw_step=raw.step // vi,
+        **map_arguments("grad", grad, vg),
+        **map_arguments("raw", raw, vi),
         weight=weight,
         **norms.arguments(),
         partials=partials,
@@ -130,26 +121,20 @@ def run_cheap(
     partials = new_floats(raw.data, slots, 2, unit.maps)
     partials_weight = new_floats(raw.data, slots, unit.cheap, unit.kernel * unit.kernel)
     vg, vi, vo = (m.vector(_run(unit, m)) for m in (grad, raw, out))
-    vw, vn = _width_units(unit)
+    vw, vn = width_units(unit)
     launch(
         cheap_backward_kernel,
         blocks * slots,
         config.warps,
         config.stages,
-        grad=grad.data,
-        grad_batch=grad.batch // vg,
-        grad_step=grad.step // vg,
-        raw=raw.data,
-        raw_batch=raw.batch // vi,
-        raw_step=raw.step // vi,
+        **map_arguments("grad", grad, vg),
+        **map_arguments("raw", raw, vi),
         weight=weight,
         **norms.arguments(),
         partials2=sums,
         slots2=sums.shape[0],
         scratch=scratch,
-        grad_maps=out.data,
-        maps_batch=out.batch // vo,
-        maps_step=out.step // vo,
+        **map_arguments("grad_maps", out, vo, "maps"),
         partials1=partials,
         partials_weight=partials_weight,
         images=unit.images,
@@ -203,15 +188,9 @@ def run_maps_gradient(
         blocks * slots,
         config.warps,
         config.stages,
-        grad_maps=grad_maps.data,
-        maps_batch=grad_maps.batch // vm,
-        maps_step=grad_maps.step // vm,
-        raw=raw.data,
-        raw_batch=raw.batch // vi,
-        raw_step=raw.step // vi,
-        grad_x=grad_x.data,
-        grad_x_batch=grad_x.batch // vo,
-        grad_x_step=grad_x.step // vo,
+        **map_arguments("grad_maps", grad_maps, vm, "maps"),
+        **map_arguments("raw", raw, vi),
+        **map_arguments("grad_x", grad_x, vo),
         stats=norms.stats1,
         norm_weight=norms.weight1,
         partials=partials,
@@ -270,18 +249,10 @@ def run_primary(
         input_programs + weight_programs,
         config.warps,
         config.stages,
-        grad_maps=grad_maps.data,
-        maps_batch=grad_maps.batch // vm,
-        maps_step=grad_maps.step // vm,
-        raw=raw.data,
-        raw_batch=raw.batch // vi,
-        raw_step=raw.step // vi,
-        x=x.data,
-        x_batch=x.batch // vx,
-        x_step=x.step // vx,
-        grad_x=grad_x.data if grad_x else None,
-        grad_x_batch=grad_x.batch // vo if grad_x else 0,
-        grad_x_step=grad_x.step // vo if grad_x else 0,
+        **map_arguments("grad_maps", grad_maps, vm, "maps"),
+        **map_arguments("raw", raw, vi),
+        **map_arguments("x", x, vx),
+        **map_arguments("grad_x", grad_x, vo),
         weight=weight,
         stats=norms.stats1,
         norm_weight=norms.weight1,

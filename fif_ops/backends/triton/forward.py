@@ -15,12 +15,14 @@ from .host import (
     cdiv,
     divisor,
     launch,
+    map_arguments,
     new_floats,
     new_map,
     parameter,
     processors,
     slots_for,
     unit_of,
+    width_units,
 )
 from .product import product_kernel
 
@@ -96,9 +98,7 @@ def run_product(
         blocks * slots,
         config.warps,
         config.stages,
-        x=x.data,
-        x_batch=x.batch // vx,
-        x_step=x.step // vx,
+        **map_arguments("x", x, vx),
         x_width=unit.in_width,
         weight=weight,
         conv_bias=norm.conv_bias,
@@ -107,9 +107,7 @@ def run_product(
         mean=norm.mean,
         var=norm.var,
         eps=norm.eps,
-        out=out.data if out else None,
-        out_batch=out.batch // vo if out else 0,
-        out_step=out.step // vo if out else 0,
+        **map_arguments("out", out, vo),
         partials=partials,
         images=unit.images,
         pixels=unit.pixels // vp,
@@ -168,16 +166,13 @@ def run_expand(
         slots = slots_for(device, tiles, blocks, 8)  # every program merges the partials first
     vi = raw.vector(unit.maps if unit.last else unit.width)
     vo = out.vector(out.data.shape[1] if unit.last else unit.width) if out else 1
-    vw = 1 if unit.last else divisor(unit.width)
-    vn = min(divisor(unit.maps), divisor(unit.kept_primary), divisor(unit.kept_cheap)) if unit.last else 1
+    vw, vn = width_units(unit)
     launch(
         expand_kernel,
         blocks * slots,
         config.warps,
         config.stages,
-        raw=raw.data,
-        raw_batch=raw.batch // vi,
-        raw_step=raw.step // vi,
+        **map_arguments("raw", raw, vi),
         weight=weight,
         source1=norm1.source,
         slots1=norm1.slots,
@@ -195,9 +190,7 @@ def run_expand(
         mean2=norm2.mean,
         var2=norm2.var,
         eps2=norm2.eps,
-        out=out.data if out else None,
-        out_batch=out.batch // vo if out else 0,
-        out_step=out.step // vo if out else 0,
+        **map_arguments("out", out, vo),
         partials=partials,
         stats1=stats[0],
         stats2=stats[1],
@@ -254,9 +247,7 @@ def run_fused(
         blocks * slots,
         config.warps,
         config.stages,
-        x=x.data,
-        x_batch=x.batch // vx,
-        x_step=x.step // vx,
+        **map_arguments("x", x, vx),
         x_width=unit.in_width,
         weight=weight,
         cheap_weight=cheap_weight,
@@ -272,9 +263,7 @@ def run_fused(
         mean2=norm2.mean,
         var2=norm2.var,
         eps2=norm2.eps,
-        out=out.data,
-        out_batch=out.batch // vo,
-        out_step=out.step // vo,
+        **map_arguments("out", out, vo),
         scratch=scratch,
         images=unit.images,
         height=unit.height,

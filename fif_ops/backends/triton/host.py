@@ -164,6 +164,14 @@ class Map(NamedTuple):
         return vector
 
 
+def map_arguments(name: str, m: Map | None, vector: int, prefix: str | None = None) -> dict[str, Any]:
+    """A map as kernels take it: ``name``, and batch and pixel strides in vectors as ``prefix``_batch and _step."""
+    prefix = prefix or name
+    if m is None:
+        return {name: None, f"{prefix}_batch": 0, f"{prefix}_step": 0}
+    return {name: m.data, f"{prefix}_batch": m.batch // vector, f"{prefix}_step": m.step // vector}
+
+
 def as_map(t: Tensor, last: bool) -> Map:
     """t as a Map; a copy of it only if its pixels lie at no regular step in this memory format."""
     height, width = t.shape[2:]
@@ -196,6 +204,13 @@ def power_of_two(number: int, least: int, most: int) -> int:
 def divisor(number: int, most: int = 8) -> int:
     """The largest power of two up to ``most`` that divides ``number``."""
     return min(number & -number, most) if number else most
+
+
+def width_units(unit: Unit) -> tuple[int, int]:
+    """Units of the width, and of the numbers of channels."""
+    if not unit.last:
+        return divisor(unit.width), 1
+    return 1, min(divisor(unit.maps), divisor(unit.kept_primary), divisor(unit.kept_cheap))
 
 
 @functools.cache
