@@ -313,7 +313,7 @@ FIF_DEVICE void multiply_chunks(S& sums, const Stages<T, R>& stages, int reduced
   }
 }
 
-// Rounds every sum and puts it where the caller's layout has it: use(place, channel, slot, value).
+// use(place, channel, sum) for every sum of this thread at the places that there are, rounded up to 16.
 template <class S, class Use>
 FIF_DEVICE void each_sum(S& sums, int places, Use use) {
   FIF_UNROLL
