@@ -1,5 +1,6 @@
 // The schemas of fif_ops, and its operators on the CPU, on top of the kernels that csrc/dispatch.cpp picked.
 #include <cmath>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -32,32 +33,33 @@ Threads threads() {
 
 // ---- parameters
 
+// x itself where it is dense: to ask costs a tenth of what calling the operator does.
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 // Tensors of one value a channel as dense arrays of the compute type; keeps what it converted alive.
 class Parameters {
  public:
   Parameters(ScalarType type) : type_(type) {}
 
-  const void* get(const OptionalTensor& t, int64_t channels, const char* name) {
+  const void* get(const OptionalTensor& t, int64_t channels, const char* norm, const char* name) {
     if (!t) return nullptr;
-    STD_TORCH_CHECK(t->is_cpu(), name, " must be on x's device");
-    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, name, " must have ", channels, " values");
+    STD_TORCH_CHECK(t->is_cpu(), norm, name, " must be on x's device");
+    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, norm, name, " must have ", channels, " values");
     const ScalarType given = t->scalar_type();
     STD_TORCH_CHECK(given == ScalarType::Float || given == ScalarType::Double || given == ScalarType::BFloat16 ||
                         given == ScalarType::Half,
-                    name, " must be float32, float64, bfloat16 or float16");
-    Tensor dense = given == type_ ? *t : torch::stable::to(*t, type_);
-    dense = torch::stable::contiguous(dense);
-    kept_.push_back(dense);
-    return dense.const_data_ptr();
+                    norm, name, " must be float32, float64, bfloat16 or float16");
+    if (given == type_ && t->is_contiguous()) return t->const_data_ptr();
+    kept_.push_back(dense(given == type_ ? *t : torch::stable::to(*t, type_)));
+    return kept_.back().const_data_ptr();
   }
 
   // 1 / sqrt(variance + eps)
-  const void* rstd(const OptionalTensor& variance, int64_t channels, double eps, const char* name) {
-    const void* values = get(variance, channels, name);
-    if (!values) return nullptr;
+  const void* rstd(const void* variance, int64_t channels, double eps) {
+    if (!variance) return nullptr;
     return computed(channels, [&](auto* out, int64_t i) {
       using A = std::remove_pointer_t<decltype(out)>;
-      out[i] = A(1) / std::sqrt(static_cast<const A*>(values)[i] + A(eps));
+      out[i] = A(1) / std::sqrt(static_cast<const A*>(variance)[i] + A(eps));
     });
   }
 
@@ -73,17 +75,18 @@ class Parameters {
  private:
   template <class F>
   const void* computed(int64_t channels, F f) {
-    const int64_t size[] = {channels};
-    Tensor out = torch::stable::empty(size, type_);
-    kept_.push_back(out);
-    void* data = out.mutable_data_ptr();
-    for (int64_t i = 0; i < channels; ++i)
-      type_ == ScalarType::Double ? f(static_cast<double*>(data), i) : f(static_cast<float*>(data), i);
+    computed_.push_back(std::make_unique_for_overwrite<double[]>(channels));  // room for either type
+    void* data = computed_.back().get();
+    if (type_ == ScalarType::Double)
+      for (int64_t i = 0; i < channels; ++i) f(static_cast<double*>(data), i);
+    else
+      for (int64_t i = 0; i < channels; ++i) f(static_cast<float*>(data), i);
     return data;
   }
 
   ScalarType type_;
   std::vector<Tensor> kept_;
+  std::vector<std::unique_ptr<double[]>> computed_;
 };
 
 // One normalisation as the operators take it. Without mean and var (and batch statistics) there is none, and the
@@ -93,20 +96,20 @@ struct NormArgs {
   double eps;
 };
 
-Affine affine(Parameters& parameters, const NormArgs& n, int64_t channels, bool batch, const std::string& name) {
-  const void* conv_bias = parameters.get(n.conv_bias, channels, (name + "_bias").c_str());
-  const void* weight = parameters.get(n.weight, channels, (name + "_norm weight").c_str());
-  const void* bias = parameters.get(n.bias, channels, (name + "_norm bias").c_str());
+Affine affine(Parameters& parameters, const NormArgs& n, int64_t channels, bool batch, const char* name) {
+  const void* conv_bias = parameters.get(n.conv_bias, channels, name, "_bias");
+  const void* weight = parameters.get(n.weight, channels, name, "_norm weight");
+  const void* bias = parameters.get(n.bias, channels, name, "_norm bias");
   STD_TORCH_CHECK(n.mean.has_value() == n.var.has_value(), name,
                   "_norm needs both running_mean and running_var, or neither");
-  const void* mean = parameters.get(n.mean, channels, (name + "_norm running_mean").c_str());
-  const void* rstd = parameters.rstd(n.var, channels, n.eps, (name + "_norm running_var").c_str());
+  const void* mean = parameters.get(n.mean, channels, name, "_norm running_mean");
+  const void* variance = parameters.get(n.var, channels, name, "_norm running_var");
   if (batch) return {nullptr, nullptr, weight, bias};  // a bias before batch statistics changes nothing
   if (!n.mean) {
     STD_TORCH_CHECK(!n.weight && !n.bias, name, "_norm without statistics must have no weight and no bias");
     return {nullptr, nullptr, nullptr, conv_bias};
   }
-  return {parameters.less(mean, conv_bias, channels), rstd, weight, bias};
+  return {parameters.less(mean, conv_bias, channels), parameters.rstd(variance, channels, n.eps), weight, bias};
 }
 
 Problem cpu_problem(Problem p) {
@@ -124,11 +127,11 @@ Tensor infer(const Tensor& x, const OptionalTensor& primary_weight, const Tensor
   const Problem p =
       cpu_problem(problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice, stride, groups, tf32));
   Parameters parameters(compute_type(x));
-  const Tensor dense = regular(x, p.channels_last);
-  const Tensor w1 = torch::stable::contiguous(*primary_weight), w2 = torch::stable::contiguous(cheap_weight);
+  const Tensor input_map = regular(x, p.channels_last);
+  const Tensor w1 = dense(*primary_weight), w2 = dense(cheap_weight);
   const Tensor out = new_map(x, p, out_channels);
   const InferArgs args{
-      input(dense, p.channels_last),
+      input(input_map, p.channels_last),
       w1.const_data_ptr(),
       w2.const_data_ptr(),
       affine(parameters, {primary_bias, weight1, bias1, mean1, var1, eps1}, p.primary, false, "primary"),
@@ -141,22 +144,23 @@ Tensor infer(const Tensor& x, const OptionalTensor& primary_weight, const Tensor
 // running = (1 - momentum) * running + momentum * (batch + bias), in the running statistic's own dtype
 void update_running(const OptionalTensor& running, const Tensor& batch, const OptionalTensor& bias, double momentum) {
   if (!running || momentum == 0.0) return;
-  const bool wide = batch.scalar_type() == ScalarType::Double;
-  Tensor fresh = torch::stable::contiguous(torch::stable::to(*running, batch.scalar_type()));
-  if (fresh.const_data_ptr() == running->const_data_ptr()) fresh = torch::stable::clone(fresh);
-  const Tensor offset = bias ? torch::stable::contiguous(torch::stable::to(*bias, batch.scalar_type())) : fresh;
-  auto update = [&](auto* to, const auto* from, const auto* plus) {
+  const ScalarType type = batch.scalar_type();
+  auto as_batch = [&](const Tensor& t) { return dense(t.scalar_type() == type ? t : torch::stable::to(t, type)); };
+  const Tensor before = as_batch(*running), offset = bias ? as_batch(*bias) : before;
+  const Tensor fresh = new_tensor(batch, {batch.numel()}, type);
+  auto update = [&](auto* to) {
+    using A = std::remove_pointer_t<decltype(to)>;
+    const A *old = static_cast<const A*>(before.const_data_ptr()), *from = static_cast<const A*>(batch.const_data_ptr()),
+            *plus = static_cast<const A*>(offset.const_data_ptr());
     for (int64_t i = 0; i < batch.numel(); ++i)
-      to[i] = (1 - momentum) * to[i] + momentum * (from[i] + (bias ? plus[i] : 0));
+      to[i] = (1 - momentum) * old[i] + momentum * (from[i] + (bias ? plus[i] : 0));
   };
-  if (wide)
-    update(static_cast<double*>(fresh.mutable_data_ptr()), static_cast<const double*>(batch.const_data_ptr()),
-           static_cast<const double*>(offset.const_data_ptr()));
+  if (type == ScalarType::Double)
+    update(static_cast<double*>(fresh.mutable_data_ptr()));
   else
-    update(static_cast<float*>(fresh.mutable_data_ptr()), static_cast<const float*>(batch.const_data_ptr()),
-           static_cast<const float*>(offset.const_data_ptr()));
+    update(static_cast<float*>(fresh.mutable_data_ptr()));
   Tensor target = *running;
-  torch::stable::copy_(target, fresh);
+  torch::stable::copy_(target, fresh);  // and not in place, so that autograd notices the change
 }
 
 // Returns the output, the primary maps before normalisation, and [mean, rstd] of both normalisations.
@@ -171,16 +175,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train(
       cpu_problem(problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice, stride, groups, tf32));
   const ScalarType type = compute_type(x);
   Parameters parameters(type);
-  const Tensor dense = regular(x, p.channels_last);
-  const Tensor w1 = torch::stable::contiguous(*primary_weight), w2 = torch::stable::contiguous(cheap_weight);
+  const Tensor input_map = regular(x, p.channels_last);
+  const Tensor w1 = dense(*primary_weight), w2 = dense(cheap_weight);
   const Tensor out = new_map(x, p, out_channels), raw = new_map(x, p, p.primary);
   const Tensor stats1 = new_tensor(x, {2, p.primary}, type), stats2 = new_tensor(x, {2, p.cheap()}, type);
   const Tensor fresh1 = new_tensor(x, {p.primary}, type), fresh2 = new_tensor(x, {p.cheap()}, type);
   const TrainArgs args{
-      .x = input(dense, p.channels_last),
+      .x = input(input_map, p.channels_last),
       .primary_weight = w1.const_data_ptr(),
       .cheap_weight = w2.const_data_ptr(),
-      .primary_bias = parameters.get(primary_bias, p.primary, "primary_bias"),
+      .primary_bias = parameters.get(primary_bias, p.primary, "primary_bias", ""),
       .primary = affine(parameters, {std::nullopt, weight1, bias1, mean1, var1, eps1}, p.primary, batch1, "primary"),
       .cheap = affine(parameters, {cheap_bias, weight2, bias2, mean2, var2, eps2}, p.cheap(), batch2, "cheap"),
       .primary_batch = batch1,
@@ -232,8 +236,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const auto [mean2, rstd2] = statistics(stats2, p.cheap(), "stats2");
   Parameters parameters(type);
   const bool last = p.channels_last;
-  const Tensor dense = regular(x, last), dense_grad = regular(grad, last), dense_raw = regular(raw, last);
-  const Tensor w1 = torch::stable::contiguous(*primary_weight), w2 = torch::stable::contiguous(cheap_weight);
+  const Tensor input_map = regular(x, last), dense_grad = regular(grad, last), dense_raw = regular(raw, last);
+  const Tensor w1 = dense(*primary_weight), w2 = dense(cheap_weight);
   const ScalarType dtype = x.scalar_type();
   Tensor grad_x = need_x ? new_input(x, p) : new_tensor(x, {0}, dtype);
   Tensor grad_w1 = new_tensor(
@@ -246,13 +250,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   }
   const BackwardArgs args{
       .grad = input(dense_grad, last),
-      .x = input(dense, last),
+      .x = input(input_map, last),
       .raw = input(dense_raw, last),
       .primary_weight = w1.const_data_ptr(),
       .cheap_weight = w2.const_data_ptr(),
-      .primary = {mean1, rstd1, parameters.get(weight1, p.primary, "weight1"),
-                  parameters.get(bias1, p.primary, "bias1")},
-      .cheap = {mean2, rstd2, parameters.get(weight2, p.cheap(), "weight2"), parameters.get(bias2, p.cheap(), "bias2")},
+      .primary = {mean1, rstd1, parameters.get(weight1, p.primary, "weight1", ""),
+                  parameters.get(bias1, p.primary, "bias1", "")},
+      .cheap = {mean2, rstd2, parameters.get(weight2, p.cheap(), "weight2", ""), parameters.get(bias2, p.cheap(), "bias2", "")},
       .primary_batch = batch1,
       .cheap_batch = batch2,
       .grad_x = need_x ? output(grad_x, last) : Output{},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,49 @@ def feature_augment(
     Raises: TypeError or ValueError, naming the argument, its value and what would be right.
     Source: S0 [0142]-[0197]; the zero padding of the cheap convolution comes after the activation.
     """
+    return resolve(
+        x, primary_weight, cheap_weight, primary_bias, cheap_bias, primary_norm, cheap_norm, out_channels, activation,
+        splice, stride, padding, groups, shared, backend,
+    )()  # fmt: skip
+
+
+class Call(NamedTuple):
+    """A unit's call after all checks: on the kernels of ``options``, or without options the reference's ``compose``."""
+
+    convolutions: Convolutions
+    norms: tuple[Any, ...]
+    options: Options | None
+    wants_grad: bool
+    composition: Callable[[], Tensor] | None = None
+
+    def __call__(self) -> Tensor:
+        if self.options is None:
+            return self.composition()
+        if self.wants_grad:
+            return FusedUnit.apply(*self.convolutions, *self.norms, self.options)
+        if any(self.options.batch):
+            return train(self.convolutions, self.norms, self.options)[0]
+        return infer(self.convolutions, self.norms, self.options)
+
+
+def resolve(
+    x: Tensor,
+    primary_weight: Tensor,
+    cheap_weight: Tensor,
+    primary_bias: Tensor | None,
+    cheap_bias: Tensor | None,
+    primary_norm: Norm | None,
+    cheap_norm: Norm | None,
+    out_channels: int | None,
+    activation: str | None,
+    splice: bool,
+    stride: int,
+    padding: int | None,
+    groups: int,
+    shared: bool,
+    backend: str | None = None,
+) -> Call:
+    """What ``feature_augment`` does with these arguments. Raises as it does."""
     check_tensor("x", x, "(batch, channels, height, width)")
     check_tensor("primary_weight", primary_weight, "(M, channels / groups, k, k)")
     check_tensor("cheap_weight", cheap_weight, "(N, c, d, d)")
@@ -87,22 +132,12 @@ def feature_augment(
     problem = backends.Problem(x, primary_weight, cheap_weight, stride, padding, groups, cuts_primary)
     chosen = backends.choose(problem, backend)
     if chosen is backends.REFERENCE:
-        return compose(
-            x,
-            primary_weight,
-            cheap_weight,
-            primary_bias=primary_bias,
-            cheap_bias=cheap_bias,
-            primary_norm=primary_norm,
-            cheap_norm=cheap_norm,
-            out_channels=out_channels,
-            activation=activation,
-            splice=splice,
-            stride=stride,
-            padding=padding,
-            groups=groups,
-            shared=shared,
-        )
+        composition = functools.partial(
+            compose, x, primary_weight, cheap_weight, primary_bias=primary_bias, cheap_bias=cheap_bias,
+            primary_norm=primary_norm, cheap_norm=cheap_norm, out_channels=out_channels, activation=activation,
+            splice=splice, stride=stride, padding=padding, groups=groups, shared=shared,
+        )  # fmt: skip
+        return Call(convolutions, (), None, wants_grad, composition)
     if not chosen.fuses_primary(problem):
         maps_before_norm = F.conv2d(x, primary_weight, primary_bias, stride, padding, 1, groups)
         convolutions = (maps_before_norm, None, cheap_weight, None, cheap_bias)
@@ -121,7 +156,10 @@ def feature_augment(
         x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32,
         chosen.namespace,
     )
-    return _fused(convolutions, norms, options, wants_grad)
+    x = convolutions[0]
+    if any(options.batch) and _values_per_channel(x, options.stride) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    return Call(convolutions, norms, options, wants_grad)
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -136,14 +174,3 @@ def wants_gradients(tensors: Iterable[Tensor | None]) -> bool:
 
 def _values_per_channel(x: Tensor, stride: int) -> int:
     return x.shape[0] * -(x.shape[2] // -stride) * -(x.shape[3] // -stride)
-
-
-def _fused(convolutions: Convolutions, norms: tuple[Tensor | None, ...], options: Options, wants_grad: bool) -> Tensor:
-    x = convolutions[0]
-    if any(options.batch) and _values_per_channel(x, options.stride) == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
-    if wants_grad:
-        return FusedUnit.apply(*convolutions, *norms, options)
-    if any(options.batch):
-        return train(convolutions, norms, options)[0]
-    return infer(convolutions, norms, options)

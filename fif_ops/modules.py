@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from . import backends, functional, ops
+from .prepared import PreparedCall, can_prepare
 from .reference import ACTIVATIONS, FeatureAugment, Norm, SharedConv2d
 
 
@@ -22,6 +24,7 @@ class FusedFiF(FeatureAugment):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._prepared: PreparedCall | None = None
         kinds: list[type[nn.Module]] = [nn.BatchNorm2d]
         if self.activation is not None:
             kinds.append(ACTIVATIONS[self.activation])
@@ -33,6 +36,11 @@ class FusedFiF(FeatureAugment):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, in_channels, H, W). Returns (B, out_channels, H', W'), a fresh tensor in x's memory format."""
+        if not torch.compiler.is_compiling() and (prepared := self._prepared) is not None and prepared.fits(x):
+            try:
+                return prepared(x)
+            except RuntimeError:  # the way below says in words what is wrong
+                self._prepared = None
         if self._fallback_reason() is not None:
             return super().forward(x)
         modules: dict[str, Any] = self._modules
@@ -44,26 +52,21 @@ class FusedFiF(FeatureAugment):
         _count_batch(primary["1"], 1)
         _count_batch(cheap["1"], 1)
         try:
-            return functional.feature_augment(
-                x,
-                primary_weight,
-                cheap_weight,
-                primary_bias=primary_bias,
-                cheap_bias=cheap_bias,
-                primary_norm=norms[0],
-                cheap_norm=norms[1],
-                out_channels=self.out_channels,
-                activation=self.activation,
-                splice=self.splice,
-                stride=self.stride,
-                padding=self.padding,
-                groups=self.groups,
-                shared=self.shared,
-            )
+            call = functional.resolve(
+                x, primary_weight, cheap_weight, primary_bias, cheap_bias, *norms, self.out_channels, self.activation,
+                self.splice, self.stride, self.padding, self.groups, self.shared,
+            )  # fmt: skip
         except (TypeError, ValueError):
             _count_batch(primary["1"], -1)
             _count_batch(cheap["1"], -1)
             raise
+        if not torch.compiler.is_compiling():
+            given = (x, primary_weight, cheap_weight, primary_bias, cheap_bias)
+            self._prepared = PreparedCall(self, call) if can_prepare(call, given) else None
+        return call()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}  # it knows this module's dictionaries, not a copy's
 
     def _fallback_reason(self) -> str | None:
         """Why ``forward`` must call the submodules one by one, or None if it need not."""
