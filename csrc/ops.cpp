@@ -150,7 +150,8 @@ void update_running(const OptionalTensor& running, const Tensor& batch, const Op
   const Tensor fresh = new_tensor(batch, {batch.numel()}, type);
   auto update = [&](auto* to) {
     using A = std::remove_pointer_t<decltype(to)>;
-    const A *old = static_cast<const A*>(before.const_data_ptr()), *from = static_cast<const A*>(batch.const_data_ptr()),
+    const A *old = static_cast<const A*>(before.const_data_ptr()),
+            *from = static_cast<const A*>(batch.const_data_ptr()),
             *plus = static_cast<const A*>(offset.const_data_ptr());
     for (int64_t i = 0; i < batch.numel(); ++i)
       to[i] = (1 - momentum) * old[i] + momentum * (from[i] + (bias ? plus[i] : 0));
@@ -248,22 +249,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     for (Tensor* t : {&grad_x, &grad_w1, &grad_w2, &grad_norm1, &grad_norm2}) torch::stable::zero_(*t);
     return {grad_x, grad_w1, grad_w2, grad_norm1, grad_norm2};
   }
-  const BackwardArgs args{
-      .grad = input(dense_grad, last),
-      .x = input(input_map, last),
-      .raw = input(dense_raw, last),
-      .primary_weight = w1.const_data_ptr(),
-      .cheap_weight = w2.const_data_ptr(),
-      .primary = {mean1, rstd1, parameters.get(weight1, p.primary, "weight1", ""),
-                  parameters.get(bias1, p.primary, "bias1", "")},
-      .cheap = {mean2, rstd2, parameters.get(weight2, p.cheap(), "weight2", ""), parameters.get(bias2, p.cheap(), "bias2", "")},
-      .primary_batch = batch1,
-      .cheap_batch = batch2,
-      .grad_x = need_x ? output(grad_x, last) : Output{},
-      .grad_primary_weight = need_primary_weight ? grad_w1.mutable_data_ptr() : nullptr,
-      .grad_cheap_weight = grad_w2.mutable_data_ptr(),
-      .grad_primary_affine = grad_norm1.mutable_data_ptr(),
-      .grad_cheap_affine = grad_norm2.mutable_data_ptr()};
+  const BackwardArgs args{.grad = input(dense_grad, last),
+                          .x = input(input_map, last),
+                          .raw = input(dense_raw, last),
+                          .primary_weight = w1.const_data_ptr(),
+                          .cheap_weight = w2.const_data_ptr(),
+                          .primary = {mean1, rstd1, parameters.get(weight1, p.primary, "weight1", ""),
+                                      parameters.get(bias1, p.primary, "bias1", "")},
+                          .cheap = {mean2, rstd2, parameters.get(weight2, p.cheap(), "weight2", ""),
+                                    parameters.get(bias2, p.cheap(), "bias2", "")},
+                          .primary_batch = batch1,
+                          .cheap_batch = batch2,
+                          .grad_x = need_x ? output(grad_x, last) : Output{},
+                          .grad_primary_weight = need_primary_weight ? grad_w1.mutable_data_ptr() : nullptr,
+                          .grad_cheap_weight = grad_w2.mutable_data_ptr(),
+                          .grad_primary_affine = grad_norm1.mutable_data_ptr(),
+                          .grad_cheap_affine = grad_norm2.mutable_data_ptr()};
   kernels().backward(p, args, threads());
   return {grad_x, grad_w1, grad_w2, grad_norm1, grad_norm2};
 }

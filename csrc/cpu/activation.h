@@ -88,6 +88,18 @@ FIF_INLINE Vec<A> activate(Vec<A> v, Activation a, const Clamp<A>& clamp) {
   return v;
 }
 
+// Calls f(activate) with a function of one vector, which is a clamp alone wherever that will do.
+template <class A, class F>
+FIF_INLINE void with_activation(Activation a, F f) {
+  if (is_clamp(a))
+    f(Clamp<A>(a));
+  else
+    f([a](Vec<A> v) {
+      activate_smooth<A>(&v, 1, a);
+      return v;
+    });
+}
+
 template <class A>
 __attribute__((noinline)) static Vec<A> smooth_slope(Vec<A> u, Activation a) {
   if (a == Activation::hardswish) {

@@ -18,11 +18,12 @@ void plane_forward(const Problem& p, const A* in, A* out, const Vec<A>* taps, bo
   if constexpr (Planar) {
     A weight[K * K];
     for (int t = 0; t < K * K; ++t) weight[t] = taps[t][0];
-    depthwise_plane<K, A>(in, height, width, 0, height, weight, emit);
+    depthwise_plane<K, A>(in, height, width, 0, height, weight, A(0), emit);
   } else {
     Vec<A> vectors[K * K];
     for (int t = 0; t < K * K; ++t) vectors[t] = taps[t];
-    depthwise_channels<K, true, A>(in, kLanes<A>, kAll, height, width, 0, height, vectors, emit);
+    depthwise_channels<K, true, A>(
+        in, kLanes<A>, kAll, height, width, 0, height, vectors, Vec<A>{}, [](int64_t, Vec<A>) {}, emit);
   }
 }
 

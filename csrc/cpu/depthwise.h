@@ -1,13 +1,20 @@
 // The cheap part: K x K depthwise correlation, stride 1, zero padding, over one plane or over one vector of channels.
 //
-// Both forms call emit(row, column or first flat pixel, value, mask) with the raw sum; the caller normalises and
-// stores. A block of outputs shares its loads: R rows of one column vector read R + K - 1 rows for R * K rows of
-// multiply-adds. The halo is never read: masked lanes stand for the zeros around the (already activated) map.
+// Both forms call emit(flat pixel, value, mask) with start + the sum; scales belong into the taps. A block of outputs
+// shares its loads: R rows of one column vector read R + K - 1 rows for R * K rows of multiply-adds. The halo is never
+// read: masked lanes stand for the zeros around the (already activated) map. A block that would be cut off begins
+// earlier instead, so some values are emitted twice. Limit: the multiply-add units, 9 of about 11 operations for K = 3.
 #pragma once
 
 #include "vec.h"
 
 namespace fif::FIF_ISA {
+
+// A number as a type.
+template <int Value>
+struct Constant {
+  static constexpr int value = Value;
+};
 
 // Outputs of one block: as many sums as the registers hold beside the taps. f64 serves proofs, not speed: one.
 template <class A, int K>
@@ -16,17 +23,29 @@ constexpr int kBlock = sizeof(A) == 8 ? 1
     : kRegisters == 32                ? (K == 3 ? 7 : 4)
                                       : (K == 3 ? 4 : 2);
 
+// f(begin, tag) for blocks of tag.value that cover [begin, end): whole ones, the last one moved back, and smaller ones
+// where there is no room for one.
+template <int Size, class F>
+FIF_INLINE void in_blocks(int begin, int end, F f) {
+  if (end - begin >= Size) {
+    for (; begin < end; begin += Size) f(min_of(begin, end - Size), Constant<Size>{});
+  } else if constexpr (Size > 1) {
+    in_blocks<Size / 2>(begin, end, f);
+  }
+}
+
 // ---- lanes along the pixels of one plane
 
 // Rows r, r + 1, ... r + R - 1 of one column vector. Masks say which lanes lie inside the plane after a shift by dx.
 template <int K, int R, class A, class In, class Emit>
 FIF_INLINE void plane_column(const In* in, int height, int width, int r, int column, const Vec<A> (&taps)[K * K],
-                             const Mask (&inside)[K], bool edge, Emit& emit) {
+                             Vec<A> start, const Mask (&inside)[K], bool edge, Emit& emit) {
   constexpr int P = K / 2;
-  Vec<A> acc[R] = {};
+  Vec<A> acc[R];
+  FIF_UNROLL for (int i = 0; i < R; ++i) acc[i] = start;
   FIF_UNROLL for (int k = 0; k < R + K - 1; ++k) {
     const int row = r - P + k;
-    if (row < 0 || row >= height) continue;
+    if ((k < P && row < 0) || (k >= R + P && row >= height)) continue;
     const In* p = in + (int64_t)row * width + column;
     FIF_UNROLL for (int dx = 0; dx < K; ++dx) {
       const Vec<A> v = kFreeMasks || edge ? load(p + dx - P, inside[dx]) : load(p + dx - P);
@@ -42,20 +61,18 @@ FIF_INLINE void plane_column(const In* in, int height, int width, int r, int col
 // Maps narrower than half a vector: a vector holds several whole rows, and every tap has a mask of its own.
 template <int K, class A, class In, class Emit>
 FIF_INLINE void plane_narrow(const In* in, int height, int width, int r0, int r1, const Vec<A> (&taps)[K * K],
-                             Emit& emit) {
+                             Vec<A> start, Emit& emit) {
   constexpr int L = kLanes<A>, P = K / 2;
   const int rows = L / width;
   Mask columns[K];
   FIF_UNROLL for (int dx = 0; dx < K; ++dx) {
+    const Mask row = first_lanes(max_of(0, min_of(width, width + P - dx))) & ~first_lanes(max_of(0, P - dx));
     columns[dx] = 0;
-    for (int l = 0; l < rows * width; ++l) {
-      const int c = l % width + dx - P;
-      if (c >= 0 && c < width) columns[dx] |= Mask(1) << l;
-    }
+    for (int r = 0; r < rows; ++r) columns[dx] |= row << (r * width);
   }
   for (int r = r0; r < r1; r += rows) {
     const Mask valid = first_lanes((int64_t)min_of(rows, r1 - r) * width);
-    Vec<A> acc[K] = {};
+    Vec<A> acc[K] = {start};
     FIF_UNROLL for (int dy = 0; dy < K; ++dy) {
       // Lanes whose row r + l / width + dy - P lies inside the plane: a run of whole rows.
       const int first = r + dy - P;
@@ -70,14 +87,14 @@ FIF_INLINE void plane_narrow(const In* in, int height, int width, int r0, int r1
   }
 }
 
-// Rows [r0, r1) of a plane of dense pixels; taps are K * K numbers of the compute type.
+// Rows [r0, r1) of a plane of dense pixels; weight holds K * K numbers of the compute type.
 template <int K, class A, class In, class Emit>
-FIF_INLINE void depthwise_plane(const In* in, int height, int width, int r0, int r1, const A* weight, Emit emit) {
+FIF_INLINE void depthwise_plane(const In* in, int height, int width, int r0, int r1, const A* weight, A start,
+                                Emit emit) {
   constexpr int L = kLanes<A>, P = K / 2;
-  constexpr int R = kBlock<A, K>;
   Vec<A> taps[K * K];
   FIF_UNROLL for (int t = 0; t < K * K; ++t) taps[t] = splat<A>(weight[t]);
-  if (2 * width <= L) return plane_narrow<K, A>(in, height, width, r0, r1, taps, emit);
+  if (2 * width <= L) return plane_narrow<K, A>(in, height, width, r0, r1, taps, splat<A>(start), emit);
   for (int column = 0; column < width; column += L) {
     const int lanes = min_of(L, width - column);
     const bool edge = column < P || column + L + P > width;
@@ -86,27 +103,30 @@ FIF_INLINE void depthwise_plane(const In* in, int height, int width, int r0, int
       const int below = P - dx - column, above = min_of(lanes, width - column - dx + P);
       inside[dx] = above <= 0 ? 0 : first_lanes(above) & ~(below > 0 ? first_lanes(below) : 0);
     }
-    int r = r0;
-    for (; r + R <= r1; r += R) plane_column<K, R, A>(in, height, width, r, column, taps, inside, edge, emit);
-    for (; r < r1; ++r) plane_column<K, 1, A>(in, height, width, r, column, taps, inside, edge, emit);
+    in_blocks<kBlock<A, K>>(r0, r1, [&](int r, auto rows) {
+      plane_column<K, decltype(rows)::value, A>(in, height, width, r, column, taps, splat<A>(start), inside, edge,
+                                                emit);
+    });
   }
 }
 
 // ---- lanes along channels: pixel p of the map at in + p * step
 
-template <int K, int Q, bool Whole, class A, class In, class Emit>
+template <int K, int Q, bool Whole, class A, class In, class Tee, class Emit>
 FIF_INLINE void channel_row(const In* in, int64_t step, Mask mask, int height, int width, int r, int c,
-                            const Vec<A> (&taps)[K * K], Emit& emit) {
+                            const Vec<A> (&taps)[K * K], Vec<A> start, Tee& tee, Emit& emit) {
   constexpr int P = K / 2;
-  Vec<A> acc[Q] = {};
+  Vec<A> acc[Q];
+  FIF_UNROLL for (int i = 0; i < Q; ++i) acc[i] = start;
   FIF_UNROLL for (int dy = 0; dy < K; ++dy) {
     const int row = r + dy - P;
-    if (row < 0 || row >= height) continue;
+    if (dy != P && (row < 0 || row >= height)) continue;
     const In* p = in + (int64_t)row * width * step;
     FIF_UNROLL for (int k = 0; k < Q + K - 1; ++k) {
       const int column = c - P + k;
-      if (column < 0 || column >= width) continue;
+      if ((k < P && column < 0) || (k >= Q + P && column >= width)) continue;
       const Vec<A> v = Whole ? load(p + column * step) : load(p + column * step, mask);
+      if (dy == P && k >= P && k < Q + P) tee((int64_t)r * width + column, v);
       FIF_UNROLL for (int dx = 0; dx < K; ++dx) {
         const int out = k - dx;
         if (out >= 0 && out < Q) acc[out] += v * taps[dy * K + dx];
@@ -116,23 +136,18 @@ FIF_INLINE void channel_row(const In* in, int64_t step, Mask mask, int height, i
   FIF_UNROLL for (int i = 0; i < Q; ++i) emit((int64_t)r * width + c + i, acc[i], mask);
 }
 
-// Rows [r0, r1); taps are K * K vectors, one lane a channel.
-template <int K, bool Whole, class A, class In, class Emit>
+// Rows [r0, r1); taps are K * K vectors, one lane a channel; tee(flat pixel, value) gets the input itself. Rows below 0
+// and from `height` on count as zeros, so a window of a larger map may be given by a pointer to its row 0.
+template <int K, bool Whole, class A, class In, class Tee, class Emit>
 FIF_INLINE void depthwise_channels(const In* in, int64_t step, Mask mask, int height, int width, int r0, int r1,
-                                   const Vec<A> (&taps)[K * K], Emit emit) {
-  constexpr int Q = kBlock<A, K>;
-  for (int r = r0; r < r1; ++r) {
-    int c = 0;
-    for (; c + Q <= width; c += Q) channel_row<K, Q, Whole, A>(in, step, mask, height, width, r, c, taps, emit);
-    for (; c < width; ++c) channel_row<K, 1, Whole, A>(in, step, mask, height, width, r, c, taps, emit);
-  }
+                                   const Vec<A> (&taps)[K * K], Vec<A> start, Tee tee, Emit emit) {
+  for (int r = r0; r < r1; ++r)
+    in_blocks<kBlock<A, K>>(0, width, [&](int c, auto columns) {
+      channel_row<K, decltype(columns)::value, Whole, A>(in, step, mask, height, width, r, c, taps, start, tee, emit);
+    });
 }
 
-// Calls f(std::integral_constant-like tag) with the kernel size as a constant.
-template <int Value>
-struct Constant {
-  static constexpr int value = Value;
-};
+// Calls f(tag) with the kernel size as tag.value.
 template <class F>
 FIF_INLINE void with_kernel_size(int kernel, F f) {
   switch (kernel) {

@@ -127,7 +127,7 @@ void gemm(const Gemm<A, B, C>& g) {
   for (int64_t v = 0; v < vectors; v += width) {
     const int64_t w = min_of(width, vectors - v);
     const Mask last = first_lanes(min_of<int64_t>(L, g.cols - (v + w - 1) * L));
-    const int64_t height = g.rows <= kMaxRows[w] ? g.rows : kMaxRows[w];
+    const int64_t height = even_block(g.rows, kMaxRows[w]);
     for (int64_t i = 0; i < g.rows; i += height) tiles.at[w - 1][min_of(height, g.rows - i) - 1](g, i, v * L, last);
   }
 }

@@ -75,7 +75,6 @@ void infer_planar(const Problem& p, const InferArgs& a, const Threads& threads) 
   const ScaleShift<A> primary_norm(a.primary, p.primary), cheap_norm(a.cheap, p.cheap());
   const int64_t blocks = ceil_div(p.primary, kTileRows), block = ceil_div(p.primary, blocks);
   const PrimaryMaps<T> maps(p, a, max_of<int64_t>(threads.count, p.batch * blocks < threads.count ? p.batch : 0));
-  const Clamp<A> clamp(p.activation);
 
   auto primary = [&](const Place& at) {
     const int64_t m = at.block * block, pixel = at.row * p.width;
@@ -101,105 +100,251 @@ void infer_planar(const Problem& p, const InferArgs& a, const Threads& threads) 
         const int64_t channel = p.kept_primary() + j;
         if (channel >= p.out_channels) return;
         T* out = static_cast<T*>(a.out.data) + at.n * a.out.batch + channel * a.out.step;
-        const Vec<A> scale = splat<A>(cheap_norm.scale()[j]), shift = splat<A>(cheap_norm.shift()[j]);
-        depthwise_plane<K, A>(in, p.height, p.width, at.row, at.stop, cheap_weight.get() + j * K * K,
-                              [&](int64_t pixel, Vec<A> v, Mask mask) {
-                                v = activate<A>(v * scale + shift, p.activation, clamp);
-                                if (!kFreeMasks && is_full<A>(mask))
-                                  store(out + pixel, v);
-                                else
-                                  store(out + pixel, v, mask);
-                              });
+        A taps[K * K];
+        FIF_UNROLL for (int t = 0; t < K * K; ++t) taps[t] = cheap_weight.get()[j * K * K + t] * cheap_norm.scale()[j];
+        with_activation<A>(p.activation, [&](auto activate) {
+          // Holds copies: what a store might change would be read again after each.
+          auto emit = [=](int64_t pixel, Vec<A> v, Mask mask) {
+            if (!kFreeMasks && is_full<A>(mask))
+              store(out + pixel, activate(v));
+            else
+              store(out + pixel, activate(v), mask);
+          };
+          depthwise_plane<K, A>(in, p.height, p.width, at.row, at.stop, taps, cheap_norm.shift()[j], emit);
+        });
       }
     }
   };
   sweep(p, threads, blocks, tile_rows(p, p.in_channels * sizeof(T)), primary, cheap);
 }
 
-template <class T, int K>
-void infer_channels_last(const Problem& p, const InferArgs& a, const Threads& threads) {
-  using A = Compute<T>;
-  constexpr int L = kLanes<A>;
-  constexpr int64_t kVectors = 3;  // of channels in a block
-  const Transposed<T> primary_weight(a.primary_weight, p.primary, p.in_channels);
-  const Transposed<T> cheap_weight(a.cheap_weight, p.cheap(), K * K);
-  const ScaleShift<A> primary_norm(a.primary, p.primary), cheap_norm(a.cheap, p.cheap());
-  const int64_t vectors = ceil_div(p.primary, L), blocks = ceil_div(vectors, kVectors);
-  const int64_t block = ceil_div(vectors, blocks) * L;
-  const PrimaryMaps<T> maps(p, a, max_of<int64_t>(threads.count, p.batch * blocks < threads.count ? p.batch : 0));
-  const Clamp<A> clamp(p.activation);
-  constexpr int64_t kPixels = 4 * kTileRows;
-  const Scratch<A> wide(sizeof(T) == sizeof(A) ? 0 : threads.count * kPixels * p.in_channels);
+// Whether a vector along a row of the map would leave a quarter of its lanes empty.
+template <class A>
+bool few_pixels(const Problem& p) {
+  return p.width <= kLanes<A> * 3 / 4;
+}
 
-  auto primary = [&](const Place& at) {
-    const int64_t m = at.block * block;
-    if (m >= p.primary) return;
-    Gemm<A, A, T> g{.a = nullptr,
-                    .a_row = a.x.step,
-                    .a_k = 1,
-                    .b = primary_weight.get() + m,
-                    .b_k = p.primary,
-                    .c = maps.at(p, at) + at.row * p.width * maps.map.step + m,
-                    .c_row = maps.map.step,
-                    .rows = (at.stop - at.row) * p.width,
-                    .cols = min_of(block, p.primary - m),
+// ---- lanes along channels: channels_last maps, and planes of few pixels, where rows would waste lanes
+
+// The parameters of a unit by blocks of channels, in whole vectors; lanes beyond the last channel hold zeros.
+template <class A>
+struct Blocks {
+  static constexpr int kVectors = 3;  // of channels in a block
+  int64_t count, width;               // blocks, channels of one
+
+  explicit Blocks(const Problem& p)
+      : count(ceil_div(ceil_div(p.primary, kLanes<A>), kVectors)),
+        width(ceil_div(ceil_div(p.primary, kLanes<A>), count) * kLanes<A>) {
+    count = ceil_div(p.primary, width);
+  }
+};
+
+template <class T>
+class Parameters {
+  using A = Compute<T>;
+  static constexpr int L = kLanes<A>;
+  const Problem& p;
+  const int64_t width, taps, padded;
+  Scratch<A> memory_;
+
+ public:
+  Parameters(const Problem& problem, const InferArgs& a, const Blocks<A>& blocks)
+      : p(problem), width(blocks.width), taps(int64_t(p.kernel) * p.kernel), padded(blocks.count * width),
+        memory_(padded * (p.in_channels + 2 + p.multiplier * (taps + 1))) {
+    const T* weight = static_cast<const T*>(a.primary_weight);
+    for (int64_t m = 0; m < p.primary; m += width)
+      transpose(weight + m * p.in_channels, p.in_channels, min_of(width, p.primary - m), p.in_channels,
+                const_cast<A*>(primary(m)), width);
+    const T* cheap_weight = static_cast<const T*>(a.cheap_weight);
+    for (int64_t m = 0; m < padded; m += L) {
+      const Mask lanes = first_lanes(max_of<int64_t>(0, min_of<int64_t>(L, p.primary - m)));
+      put(a.primary, m, 1, lanes, scale(m), shift(m));
+      for (int64_t s = 0; s < p.multiplier; ++s) {
+        const int64_t j = m * p.multiplier + s;
+        A* to = const_cast<A*>(cheap(m, s));
+        A factor[L];
+        put(a.cheap, j, p.multiplier, lanes, factor, to + taps * L);
+        for (int64_t t = 0; t < taps; ++t)
+          store(to + t * L, load(factor) * load_strided(cheap_weight + j * taps + t, p.multiplier * taps, lanes));
+      }
+    }
+  }
+  // [C, width] of the block that begins at channel m
+  const A* primary(int64_t m) const { return memory_.get() + m * p.in_channels; }
+  A* scale(int64_t m) const { return memory_.get() + padded * p.in_channels + m; }
+  A* shift(int64_t m) const { return scale(m) + padded; }
+  // [K * K + 1, L]: taps times scale, then shift, of the cheap maps number s of the vector at channel m
+  const A* cheap(int64_t m, int64_t s) const { return shift(0) + padded + (m * p.multiplier + s * L) * (taps + 1); }
+
+ private:
+  static void put(const Affine& affine, int64_t at, int64_t stride, Mask lanes, A* scale, A* shift) {
+    auto get = [&](const void* values, A otherwise) {
+      return values ? load_strided(static_cast<const A*>(values) + at, stride, lanes) : splat<A>(otherwise);
+    };
+    const Vec<A> factor = get(affine.rstd, 1) * get(affine.weight, 1);
+    store(scale, factor);
+    store(shift, get(affine.bias, 0) - get(affine.mean, 0) * factor);
+  }
+};
+
+template <class T, int K>
+class ChannelWise {
+  using A = Compute<T>;
+  static constexpr int L = kLanes<A>, P = K / 2;
+  static constexpr int64_t kPixels = 4 * kTileRows;  // that are widened at a time
+  const Problem& p;
+  const InferArgs& a;
+  const Blocks<A> blocks;
+  const Parameters<T> parameters;
+  const int64_t rows;  // of a tile
+  const int64_t x_pixel, x_channel;
+
+ public:
+  ChannelWise(const Problem& problem, const InferArgs& args)
+      : p(problem), a(args), blocks(p), parameters(p, a, blocks), rows(tile()), x_pixel(p.channels_last ? a.x.step : 1),
+        x_channel(p.channels_last ? 1 : a.x.step) {}
+
+  void run(const Threads& threads) const {
+    const int64_t pairs = p.batch * blocks.count;
+    const int64_t cuts = pairs >= threads.count ? 1 : min_of(p.height, ceil_div(threads.count, pairs));
+    const int64_t tile_size = rows * p.width * blocks.width, y_size = tile_size + 2 * P * p.width * blocks.width;
+    const int64_t wide_size = sizeof(T) == sizeof(A) ? 0 : kPixels * p.in_channels;
+    const int64_t each = y_size + (p.channels_last ? 0 : tile_size) + wide_size;
+    const Scratch<A> memory(threads.count * each);
+    parallel(threads, pairs * cuts, [&](int64_t begin, int64_t end, int thread) {
+      A *y = memory.get() + thread * each, *wide = y + y_size, *z = wide + wide_size;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t pair = task / cuts, cut = task % cuts;
+        segment(pair / blocks.count, pair % blocks.count * blocks.width, cut * p.height / cuts,
+                (cut + 1) * p.height / cuts, y, z, wide);
+      }
+    });
+  }
+
+ private:
+  int64_t tile() const {
+    constexpr int64_t kBytes = 64 * 1024, kLeast = 4 * P;
+    const int64_t fit = kBytes / (p.width * blocks.width * int64_t(sizeof(A)));
+    return fit + 2 * P >= p.height ? p.height : min_of(p.height, max_of(fit, kLeast));
+  }
+
+  // A block of channels in rows [begin, end) of image n. y holds the primary maps of a tile and its halo, dense, in the
+  // compute type; what the next tile needs of them moves to the front.
+  void segment(int64_t n, int64_t m, int64_t begin, int64_t end, A* y, A* z, A* wide) const {
+    const int64_t line = p.width * blocks.width;
+    int64_t done = max_of<int64_t>(0, begin - P);
+    for (int64_t r = begin; r < end; r += rows) {
+      const int64_t stop = min_of(end, r + rows), first = r - P, reach = min_of(p.height, stop + P);
+      primary(n, m, done, reach, y + (done - first) * line, wide);
+      done = reach;
+      cheap(n, m, r, stop, y - first * line, z);
+      const int64_t next = stop - P;
+      if (stop < end && next < done) memmove(y, y + (next - first) * line, (done - next) * line * sizeof(A));
+    }
+  }
+
+  void primary(int64_t n, int64_t m, int64_t row, int64_t stop, A* y, A* wide) const {
+    const T* x = static_cast<const T*>(a.x.data) + n * a.x.batch + row * p.width * x_pixel;
+    const int64_t pixels = (stop - row) * p.width;
+    Gemm<A, A, A> g{.a = nullptr,
+                    .a_row = x_pixel,
+                    .a_k = x_channel,
+                    .b = parameters.primary(m),
+                    .b_k = blocks.width,
+                    .c = y,
+                    .c_row = blocks.width,
+                    .rows = pixels,
+                    .cols = blocks.width,
                     .depth = p.in_channels,
                     .finish = Finish::by_column,
-                    .scale = primary_norm.scale() + m,
-                    .shift = primary_norm.shift() + m,
+                    .scale = parameters.scale(m),
+                    .shift = parameters.shift(m),
                     .activation = p.activation};
-    const T* x = static_cast<const T*>(a.x.data) + at.n * a.x.batch + at.row * p.width * a.x.step;
     if constexpr (sizeof(T) == sizeof(A)) {
       g.a = x;
       gemm(g);
     } else {
       // The broadcast operand must be in the compute type: some pixels at a time through a buffer.
-      A* buffer = wide.get() + at.thread * kPixels * p.in_channels;
-      g.a = buffer;
-      g.a_row = p.in_channels;
-      const int64_t pixels = g.rows;
+      g.a = wide;
+      g.a_row = p.channels_last ? p.in_channels : 1;
+      g.a_k = p.channels_last ? 1 : kPixels;
       for (int64_t i = 0; i < pixels; i += kPixels) {
         g.rows = min_of(kPixels, pixels - i);
-        widen_pixels(x + i * a.x.step, a.x.step, g.rows, p.in_channels, buffer);
+        if (p.channels_last)
+          widen_lines(x + i * x_pixel, x_pixel, g.rows, p.in_channels, wide, p.in_channels);
+        else
+          widen_lines(x + i, x_channel, p.in_channels, g.rows, wide, kPixels);
         gemm(g);
         g.c += kPixels * g.c_row;
       }
     }
-  };
-  auto cheap = [&](const Place& at) {
-    for (int64_t m = at.block * block; m < min_of((at.block + 1) * block, p.primary); m += L) {
-      const Mask lanes = first_lanes(min_of<int64_t>(L, p.primary - m));
-      const T* in = maps.at(p, at) + m;
-      for (int64_t s = 0; s < p.multiplier; ++s) {
+  }
+
+  // y points to where row 0 of the map would be.
+  void cheap(int64_t n, int64_t m0, int64_t r, int64_t stop, const A* y, A* z) const {
+    T* const image = static_cast<T*>(a.out.data) + n * a.out.batch;
+    const int64_t count = (stop - r) * p.width, first = r * p.width, step = blocks.width;
+    const int64_t channels = min_of(step, p.primary - m0);
+    if (!p.channels_last && p.splice)
+      transpose_out(y + first * step, step, count, channels, image + m0 * a.out.step + first, a.out.step);
+    for (int64_t s = 0; s < p.multiplier; ++s) {
+      for (int64_t m = m0; m < m0 + channels; m += L) {
         const int64_t j = m * p.multiplier + s, channel = p.kept_primary() + j;
-        if (channel >= p.out_channels) break;
-        const Mask kept = lanes & first_lanes(ceil_div(p.out_channels - channel, p.multiplier));
-        Vec<A> taps[K * K];
-        FIF_UNROLL for (int t = 0; t < K * K; ++t) taps[t] =
-            load_strided(cheap_weight.get() + t * p.cheap() + j, p.multiplier, lanes);
-        const Vec<A> scale = load_strided(cheap_norm.scale() + j, p.multiplier, lanes);
-        const Vec<A> shift = load_strided(cheap_norm.shift() + j, p.multiplier, lanes);
-        T* out = static_cast<T*>(a.out.data) + at.n * a.out.batch + channel;
-        auto emit = [&](int64_t pixel, Vec<A> v, Mask) {
-          v = activate<A>(v * scale + shift, p.activation, clamp);
-          T* at = out + pixel * a.out.step;
-          if (p.multiplier != 1)
-            store_strided(at, p.multiplier, v, kept);
-          else if (!kFreeMasks && is_full<A>(kept))
-            store(at, v);
+        const int64_t left = max_of<int64_t>(0, p.out_channels - channel);
+        if (left == 0 && !(p.splice && s == 0)) break;  // there the primary maps are stored along the way
+        const Mask lanes = first_lanes(min_of<int64_t>(L, p.primary - m));
+        const Mask kept = lanes & first_lanes(ceil_div(left, p.multiplier));
+        with_activation<A>(p.activation, [&](auto activate) {
+          if (!p.channels_last)
+            cheap_vector(
+                y + m - m0, m, s, r, stop,
+                [=, to = z + m - m0 - first * step](int64_t pixel, Vec<A> v, Mask) {
+                  store(to + pixel * step, activate(v));
+                },
+                [](int64_t, Vec<A>) {});
           else
-            store(at, v, kept);
-        };
-        if (!kFreeMasks && is_full<A>(lanes))
-          depthwise_channels<K, !kFreeMasks, A>(in, maps.map.step, lanes, p.height, p.width, at.row, at.stop, taps,
-                                                emit);
-        else
-          depthwise_channels<K, false, A>(in, maps.map.step, lanes, p.height, p.width, at.row, at.stop, taps, emit);
+            to_channels_last(y + m - m0, m, s, r, stop, lanes, kept, image, channel, activate);
+        });
+      }
+      if (!p.channels_last) {
+        const int64_t j = m0 * p.multiplier + s, channel = p.kept_primary() + j;
+        const int64_t kept = min_of(channels, ceil_div(p.out_channels - channel, p.multiplier));
+        if (kept > 0)
+          transpose_out(z, step, count, kept, image + channel * a.out.step + first, a.out.step * p.multiplier);
       }
     }
-  };
-  sweep(p, threads, blocks, tile_rows(p, p.in_channels * sizeof(T)), primary, cheap);
-}
+  }
+
+  // Lambdas hold copies: what a store might change would be read again after each.
+  template <class Activate>
+  void to_channels_last(const A* y, int64_t m, int64_t s, int64_t r, int64_t stop, Mask lanes, Mask kept, T* image,
+                        int64_t channel, Activate activate) const {
+    const int64_t step = a.out.step, multiplier = p.multiplier;
+    auto copy = [=, to = image + m](int64_t pixel, Vec<A> v) { store(to + pixel * step, v, lanes); };
+    auto skip = [](int64_t, Vec<A>) {};
+    auto direct = [=, to = image + channel](int64_t pixel, Vec<A> v, Mask) {
+      __builtin_prefetch(to + (pixel + 32) * step, 1);
+      store(to + pixel * step, activate(v), kept);
+    };
+    auto strided = [=, to = image + channel](int64_t pixel, Vec<A> v, Mask) {
+      store_strided(to + pixel * step, multiplier, activate(v), kept);
+    };
+    const bool copies = p.splice && s == 0;
+    if (multiplier > 1)
+      copies ? cheap_vector(y, m, s, r, stop, strided, copy) : cheap_vector(y, m, s, r, stop, strided, skip);
+    else
+      copies ? cheap_vector(y, m, s, r, stop, direct, copy) : cheap_vector(y, m, s, r, stop, direct, skip);
+  }
+
+  template <class Emit, class Tee>
+  void cheap_vector(const A* y, int64_t m, int64_t s, int64_t r, int64_t stop, Emit emit, Tee tee) const {
+    const A* constants = parameters.cheap(m, s);
+    Vec<A> taps[K * K];
+    FIF_UNROLL for (int t = 0; t < K * K; ++t) taps[t] = load(constants + t * L);
+    depthwise_channels<K, true, A>(y, blocks.width, kAll, p.height, p.width, r, stop, taps, load(constants + K * K * L),
+                                   tee, emit);
+  }
+};
 
 }  // namespace
 
@@ -207,8 +352,8 @@ void infer(const Problem& p, const InferArgs& a, const Threads& threads) {
   with_format(p.dtype, [&](auto format) {
     using T = typename decltype(format)::type;
     with_kernel_size(p.kernel, [&](auto k) {
-      if (p.channels_last)
-        infer_channels_last<T, decltype(k)::value>(p, a, threads);
+      if (p.channels_last || few_pixels<Compute<T>>(p))
+        ChannelWise<T, decltype(k)::value>(p, a).run(threads);
       else
         infer_planar<T, decltype(k)::value>(p, a, threads);
     });

@@ -77,6 +77,22 @@ void transpose(const T* in, int64_t step, int64_t rows, int64_t columns, Compute
     }
 }
 
+// out[j * out_step + i] = in[i * step + j], from the compute type; rows of `in` may be read to the end of a vector.
+template <class T>
+void transpose_out(const Compute<T>* in, int64_t step, int64_t rows, int64_t columns, T* out, int64_t out_step) {
+  using A = Compute<T>;
+  constexpr int L = kLanes<A>;
+  for (int64_t j = 0; j < columns; j += L)
+    for (int64_t i = 0; i < rows; i += L) {
+      const int64_t height = min_of<int64_t>(L, rows - i), width = min_of<int64_t>(L, columns - j);
+      const Mask down = first_lanes(height);
+      Vec<A> square[L];
+      FIF_UNROLL for (int k = 0; k < L; ++k) square[k] = k < height ? load(in + (i + k) * step + j) : Vec<A>{};
+      transpose_square<A>(square);
+      FIF_UNROLL for (int k = 0; k < L; ++k) if (k < width) store(out + (j + k) * out_step + i, square[k], down);
+    }
+}
+
 // [columns, rows] in the compute type from [rows, columns].
 template <class T>
 class Transposed {
@@ -91,13 +107,13 @@ class Transposed {
   Scratch<A> copy_;
 };
 
-// Dense rows of `channels` numbers in the compute type, from pixels `step` apart.
+// Lines of `count` numbers, `step` apart, in the compute type, `to_step` apart.
 template <class T>
-void widen_pixels(const T* from, int64_t step, int64_t pixels, int64_t channels, Compute<T>* to) {
+void widen_lines(const T* from, int64_t step, int64_t lines, int64_t count, Compute<T>* to, int64_t to_step) {
   constexpr int L = kLanes<Compute<T>>;
-  for (int64_t i = 0; i < pixels; ++i, from += step, to += channels)
-    for (int64_t c = 0; c < channels; c += L) {
-      const Mask m = first_lanes(min_of<int64_t>(L, channels - c));
+  for (int64_t i = 0; i < lines; ++i, from += step, to += to_step)
+    for (int64_t c = 0; c < count; c += L) {
+      const Mask m = first_lanes(min_of<int64_t>(L, count - c));
       store(to + c, load(from + c, m), m);
     }
 }

@@ -85,7 +85,7 @@ void raw_channels_last(const Problem& p, const TrainArgs& a, const Threads& thre
         g.a = x;
       } else {
         A* buffer = wide.get() + thread * kPixels * p.in_channels;
-        widen_pixels(x, a.x.step, count, p.in_channels, buffer);
+        widen_lines(x, a.x.step, count, p.in_channels, buffer, p.in_channels);
         g.a = buffer;
         g.a_row = p.in_channels;
       }
