@@ -43,7 +43,7 @@ X86_ISAS = {
     "baseline": "-march=x86-64-v2",
     "avx2": "-march=x86-64-v3",
     "avx512": "-march=x86-64-v4",
-    "amx": "-march=x86-64-v4 -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8",
+    "avx512bf16": "-march=x86-64-v4 -mavx512bf16",
 }
 NVCC_FLAGS = "-std=c++20 -O3 -Icsrc --compress-mode=size -Xcompiler -fPIC,-fvisibility=hidden"
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")

@@ -4,11 +4,6 @@
 #include <cstring>
 #include <string>
 
-#if defined(__x86_64__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace fif {
 
 #define FIF_DECLARE(isa)                                              \
@@ -23,7 +18,7 @@ FIF_DECLARE(baseline)
 #if defined(__x86_64__)
 FIF_DECLARE(avx2)
 FIF_DECLARE(avx512)
-FIF_DECLARE(amx)
+FIF_DECLARE(avx512bf16)
 #endif
 #undef FIF_DECLARE
 
@@ -38,19 +33,7 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
 }
-// The tiles' registers are large, and Linux hands them out only on request.
-bool has_amx() {
-  if (!has_avx512() || !__builtin_cpu_supports("avx512bf16")) return false;
-  unsigned a, b, c, d;
-  __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
-  const bool tiles = (d >> 24 & 1) && (d >> 22 & 1);  // AMX-TILE and AMX-BF16
-#if defined(__linux__)
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 struct Available {
@@ -60,7 +43,7 @@ struct Available {
     int n = 1;
     if (has_avx2()) list[n++] = &avx2_kernels;
     if (has_avx512()) list[n++] = &avx512_kernels;
-    if (has_amx()) list[n++] = &amx_kernels;
+    if (has_avx512bf16()) list[n++] = &avx512bf16_kernels;
 #endif
   }
 };

@@ -13,8 +13,8 @@ constexpr int kMaxRows[kTileVectors + 1] = {0, kTileRows, kTileRows, kRegisters 
                                             kRegisters == 32 ? 6 : 2};
 
 // Every finish, activation and format, for sums laid out as rows x vectors.
-template <class A, class B, class C>
-__attribute__((noinline)) void finish_sums(const Gemm<A, B, C>& g, Vec<A>* sums, int rows, int vectors, int64_t i,
+template <class T, class B, class C, class A = Compute<T>>
+__attribute__((noinline)) void finish_sums(const Gemm<T, B, C>& g, Vec<A>* sums, int rows, int vectors, int64_t i,
                                            int64_t j, Mask last) {
   constexpr int L = kLanes<A>;
   const Clamp<A> clamp(g.activation);
@@ -31,31 +31,42 @@ __attribute__((noinline)) void finish_sums(const Gemm<A, B, C>& g, Vec<A>* sums,
     }
 }
 
-template <class A, class B, class C, int R, int V>
-void tile(const Gemm<A, B, C>& g, int64_t i, int64_t j, Mask last) {
-  constexpr int L = kLanes<A>;
+template <class T, class B, class C, int R, int V>
+void tile(const Gemm<T, B, C>& g, int64_t i, int64_t j, Mask last) {
+  using A = Compute<T>;
+  constexpr int L = kLanes<A>, kStep = sizeof(T) == sizeof(A) ? 1 : 2;  // along the depth
   Vec<A> acc[R][V] = {};
   // Row addresses as base + {0, 1, 2, 3} * a_row for every four rows: few pointers, no spills.
   constexpr int kGroups = (R + 3) / 4;
-  const A* group[kGroups];
+  const T* group[kGroups];
   FIF_UNROLL for (int q = 0; q < kGroups; ++q) group[q] = g.a + (i + 4 * q) * g.a_row;
   const int64_t step = g.a_row, step3 = 3 * g.a_row;
   const B* b = g.b + j;
   const bool whole = is_full<A>(last);
-  for (int64_t k = 0; k < g.depth; ++k, b += g.b_k) {
+  auto add = [&](auto spread_one) __attribute__((always_inline)) {
     Vec<A> bv[V];
     FIF_UNROLL for (int v = 0; v < V - 1; ++v) bv[v] = load(b + v * L);
-    bv[V - 1] = whole && !kFreeMasks ? load(b + (V - 1) * L) : load(b + (V - 1) * L, last);
+    if constexpr (kStep == 2)
+      bv[V - 1] = load(b + (V - 1) * L);  // packed, in whole vectors
+    else
+      bv[V - 1] = whole && !kFreeMasks ? load(b + (V - 1) * L) : load(b + (V - 1) * L, last);
     FIF_UNROLL for (int r = 0; r < R; ++r) {
-      const A* p = group[r / 4] + (r % 4 == 3 ? step3 : (r % 4) * step);
-      const Vec<A> av = splat<A>(*p);
-      FIF_UNROLL for (int v = 0; v < V; ++v) acc[r][v] += av * bv[v];
+      const T* p = group[r / 4] + (r % 4 == 3 ? step3 : (r % 4) * step);
+      const Vec<A> av = spread_one(p);
+      FIF_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = multiply_add(p, acc[r][v], av, bv[v]);
     }
     FIF_UNROLL for (int q = 0; q < kGroups; ++q) {
-      group[q] += g.a_k;
+      group[q] += kStep * g.a_k;
       asm("" : "+r"(group[q]));  // keeps the compiler from rewriting the pointers as one per row
     }
-  }
+    b += g.b_k;
+  };
+  for (int64_t k = 0; k < g.depth / kStep; ++k)
+    add([](const T* p) __attribute__((always_inline)) { return spread(p); });
+#if defined(FIF_BF16_DOT)
+  if constexpr (kStep == 2)
+    if (g.depth % 2) add([](const T* p) __attribute__((always_inline)) { return spread_last(p); });
+#endif
 
   // Plain stores and clamps of full precision leave straight from the registers; the rest takes the detour over the
   // stack.
@@ -115,7 +126,7 @@ FIF_INLINE int64_t even_block(int64_t total, int64_t largest) { return ceil_div(
 template <class A, class B, class C>
 void gemm(const Gemm<A, B, C>& g) {
   static constexpr Tiles<A, B, C> tiles;
-  constexpr int L = kLanes<A>;
+  constexpr int L = kLanes<Compute<A>>;
   const int64_t vectors = ceil_div(g.cols, L);
   // Few rows (a block of channels over many pixels): as many vectors as fit beside them. Else: cut the columns evenly.
   int64_t width = kTileVectors;
@@ -141,5 +152,8 @@ FIF_GEMM(float, bf16, float)  // NHWC gradient of the primary weight
 FIF_GEMM(float, f16, f16)
 FIF_GEMM(float, float, f16)
 FIF_GEMM(float, f16, float)
+#if defined(FIF_BF16_DOT)
+FIF_GEMM(bf16, bf16_pair, float)  // NHWC primary
+#endif
 
 }  // namespace fif::FIF_ISA

@@ -5,6 +5,7 @@
 //   NHWC primary          a = x[pixel, c]       b = W transposed     c = pixels       (lanes: channels)
 //   NCHW / NHWC grad_x    the same with W transposed and the maps' gradient for x
 //   NHWC grad_W           a = gradient^T        b = x                c = W
+//   NHWC primary in bf16  a = x[pixel, c]       b = pairs along k of W transposed (a_k is 1, b_k counts pairs)
 // A tile of rows x vectors accumulators stays in registers over the whole depth; sums run over k in order, so a value
 // does not depend on the tile that it falls in, nor on the number of threads.
 #pragma once
@@ -30,8 +31,8 @@ struct Gemm {
   int64_t c_row;
   int64_t rows, cols, depth;
   Finish finish = Finish::store;
-  const A* scale = nullptr;
-  const A* shift = nullptr;
+  const Compute<A>* scale = nullptr;
+  const Compute<A>* shift = nullptr;
   Activation activation = Activation::none;
 };
 

@@ -5,6 +5,7 @@
 // computes the primary maps (one halo of rows ahead) straight into their place in the output, then reads them back from
 // cache for the depthwise part, which goes to its own place. Memory traffic per pixel: C read, M + N written, nothing
 // else. Limit: memory for large maps with few channels, the multiply-add units elsewhere.
+#include "../kept.h"
 #include "pass.h"
 
 namespace fif::FIF_ISA {
@@ -139,44 +140,115 @@ struct Blocks {
   }
 };
 
+// Two sums over everything, of the words and of the sums so far: any one word that changes shows in the first, words
+// that change places in the second.
+class ContentHash {
+ public:
+  void add(const void* values, int64_t bytes) {
+    const char* at = static_cast<const char*>(values);
+    if (!at) {
+      add(VecU{} + 1u);
+      return;
+    }
+    for (; bytes >= kVectorBytes; bytes -= kVectorBytes, at += kVectorBytes)
+      add(*(const VectorOf<uint32_t, kVectorBytes>::unaligned*)at);
+    VecU rest{};
+    memcpy(&rest, at, bytes);
+    add(rest);
+  }
+  KeptKey key(const int64_t (&numbers)[6]) const {
+    KeptKey key{{0x243f6a8885a308d3, 0x13198a2e03707344}, {}};
+    auto mix = [&](uint64_t value) {
+      key.content[0] = (key.content[0] ^ value) * 0x9e3779b97f4a7c15;
+      key.content[0] ^= key.content[0] >> 29;
+      key.content[1] = (key.content[1] + value) * 0xc2b2ae3d27d4eb4f;
+      key.content[1] ^= key.content[1] >> 31;
+    };
+    for (int i = 0; i < kVectorBytes / 4; ++i) mix(uint64_t(sums_[i]) << 32 | words_[i]);
+    for (int i = 0; i < 6; ++i) mix(key.numbers[i] = numbers[i]);
+    return key;
+  }
+
+ private:
+  FIF_INLINE void add(VecU v) {
+    words_ += v;
+    sums_ += words_;
+  }
+  VecU words_{}, sums_{};
+};
+
 template <class T>
 class Parameters {
   using A = Compute<T>;
   static constexpr int L = kLanes<A>;
   const Problem& p;
   const int64_t width, taps, padded;
-  Scratch<A> memory_;
+  Kept memory_;
 
  public:
   Parameters(const Problem& problem, const InferArgs& a, const Blocks<A>& blocks)
       : p(problem), width(blocks.width), taps(int64_t(p.kernel) * p.kernel), padded(blocks.count * width),
-        memory_(padded * (p.in_channels + 2 + p.multiplier * (taps + 1))) {
+        memory_(key(p, a), padded * (p.in_channels + 2 + p.multiplier * (taps + 1)) * int64_t(sizeof(A))) {
+    if (!memory_.fresh) return;
+    pack(a);
+    memory_.publish();
+  }
+  // Whether the product takes bf16 numbers in pairs, as they lie in x.
+  static bool paired(const Problem& p) { return kBf16Dot && p.dtype == Dtype::bf16 && p.channels_last; }
+  // [C, width] of the block that begins at channel m; where they are paired, [ceil(C / 2), width] pairs
+  A* primary(int64_t m) const { return static_cast<A*>(memory_.data) + m * p.in_channels; }
+  A* scale(int64_t m) const { return primary(padded) + m; }
+  A* shift(int64_t m) const { return scale(m) + padded; }
+  // [K * K + 1, L]: taps times scale, then shift, of the cheap maps number s of the vector at channel m
+  A* cheap(int64_t m, int64_t s) const { return shift(padded) + (m * p.multiplier + s * L) * (taps + 1); }
+
+ private:
+  static KeptKey key(const Problem& p, const InferArgs& a) {
+    ContentHash hash;
+    hash.add(a.primary_weight, p.primary * p.in_channels * int64_t(sizeof(T)));
+    hash.add(a.cheap_weight, p.cheap() * p.kernel * p.kernel * int64_t(sizeof(T)));
+    const Affine* const norms[] = {&a.primary, &a.cheap};
+    for (const Affine* norm : norms) {
+      const int64_t bytes = (norm == &a.primary ? p.primary : p.cheap()) * int64_t(sizeof(A));
+      hash.add(norm->mean, bytes);
+      hash.add(norm->rstd, bytes);
+      hash.add(norm->weight, bytes);
+      hash.add(norm->bias, bytes);
+    }
+    return hash.key({p.primary, p.in_channels, p.multiplier, p.kernel, int64_t(p.dtype), paired(p)});
+  }
+
+  void pack(const InferArgs& a) const {
     const T* weight = static_cast<const T*>(a.primary_weight);
-    for (int64_t m = 0; m < p.primary; m += width)
-      transpose(weight + m * p.in_channels, p.in_channels, min_of(width, p.primary - m), p.in_channels,
-                const_cast<A*>(primary(m)), width);
+    for (int64_t m = 0; m < p.primary; m += width) {
+      const int64_t channels = min_of(width, p.primary - m);
+      if (channels < width) memset(primary(m), 0, width * p.in_channels * sizeof(A));
+      transpose(weight + m * p.in_channels, p.in_channels, channels, p.in_channels, primary(m), width);
+      if (paired(p)) pair_up(primary(m));
+    }
     const T* cheap_weight = static_cast<const T*>(a.cheap_weight);
     for (int64_t m = 0; m < padded; m += L) {
       const Mask lanes = first_lanes(max_of<int64_t>(0, min_of<int64_t>(L, p.primary - m)));
       put(a.primary, m, 1, lanes, scale(m), shift(m));
       for (int64_t s = 0; s < p.multiplier; ++s) {
         const int64_t j = m * p.multiplier + s;
-        A* to = const_cast<A*>(cheap(m, s));
-        A factor[L];
+        A *to = cheap(m, s), factor[L];
         put(a.cheap, j, p.multiplier, lanes, factor, to + taps * L);
         for (int64_t t = 0; t < taps; ++t)
           store(to + t * L, load(factor) * load_strided(cheap_weight + j * taps + t, p.multiplier * taps, lanes));
       }
     }
   }
-  // [C, width] of the block that begins at channel m
-  const A* primary(int64_t m) const { return memory_.get() + m * p.in_channels; }
-  A* scale(int64_t m) const { return memory_.get() + padded * p.in_channels + m; }
-  A* shift(int64_t m) const { return scale(m) + padded; }
-  // [K * K + 1, L]: taps times scale, then shift, of the cheap maps number s of the vector at channel m
-  const A* cheap(int64_t m, int64_t s) const { return shift(0) + padded + (m * p.multiplier + s * L) * (taps + 1); }
 
- private:
+  // Rows 2k and 2k + 1 become row k; the values are bf16 ones, whose low halves are empty.
+  void pair_up(A* rows) const {
+    for (int64_t k = 0; k < p.in_channels; k += 2)
+      for (int64_t i = 0; i < width; i += L) {
+        const VecU even = (VecU)load(rows + k * width + i);
+        const VecU odd = k + 1 < p.in_channels ? (VecU)load(rows + (k + 1) * width + i) : VecU{};
+        store(rows + k / 2 * width + i, (Vec<A>)(even >> 16 | odd));
+      }
+  }
   static void put(const Affine& affine, int64_t at, int64_t stride, Mask lanes, A* scale, A* shift) {
     auto get = [&](const void* values, A otherwise) {
       return values ? load_strided(static_cast<const A*>(values) + at, stride, lanes) : splat<A>(otherwise);
@@ -246,6 +318,26 @@ class ChannelWise {
   void primary(int64_t n, int64_t m, int64_t row, int64_t stop, A* y, A* wide) const {
     const T* x = static_cast<const T*>(a.x.data) + n * a.x.batch + row * p.width * x_pixel;
     const int64_t pixels = (stop - row) * p.width;
+#if defined(FIF_BF16_DOT)
+    if constexpr (sizeof(T) == 2)
+      if (parameters.paired(p)) {
+        gemm(Gemm<bf16, bf16_pair, float>{.a = reinterpret_cast<const bf16*>(x),
+                                          .a_row = x_pixel,
+                                          .a_k = 1,
+                                          .b = reinterpret_cast<const bf16_pair*>(parameters.primary(m)),
+                                          .b_k = blocks.width,
+                                          .c = y,
+                                          .c_row = blocks.width,
+                                          .rows = pixels,
+                                          .cols = blocks.width,
+                                          .depth = p.in_channels,
+                                          .finish = Finish::by_column,
+                                          .scale = parameters.scale(m),
+                                          .shift = parameters.shift(m),
+                                          .activation = p.activation});
+        return;
+      }
+#endif
     Gemm<A, A, A> g{.a = nullptr,
                     .a_row = x_pixel,
                     .a_k = x_channel,

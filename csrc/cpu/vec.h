@@ -41,6 +41,17 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+#if defined(FIF_AVX512) && defined(__AVX512BF16__)
+#define FIF_BF16_DOT 1
+// Pairs of bf16 are multiplied and added up in f32 by one instruction, which takes subnormal numbers for zeros.
+constexpr bool kBf16Dot = true;
+#else
+constexpr bool kBf16Dot = false;
+#endif
+// Neighbours along the depth of a product.
+struct bf16_pair {
+  bf16 even, odd;
+};
 
 template <class T>
 struct ComputeOf {
@@ -110,6 +121,11 @@ using HalfU = VectorOf<uint16_t, kVectorBytes / 2>;
 FIF_INLINE VecF widen_bf16(HalfU::type h) { return (VecF)(__builtin_convertvector(h, VecU) << 16); }
 
 FIF_INLINE HalfU::type narrow_bf16(VecF v) {
+#if defined(FIF_BF16_DOT)
+  constexpr int kSubnormal = 0x20;  // which the instruction takes for zeros
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, kSubnormal) == 0, 1))
+    return (HalfU::type)_mm512_cvtneps_pbh((__m512)v);
+#endif
   VecU u = (VecU)v;
   VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   VecU nan = (VecU)(v != v);
@@ -169,6 +185,8 @@ template <class T>
 FIF_INLINE void store(T* p, VecF v) {
   *(HalfU::unaligned*)p = narrow(p, v);
 }
+
+FIF_INLINE VecF load(const bf16_pair* p) { return *(const VectorOf<float, kVectorBytes>::unaligned*)p; }
 
 // ---- masked vectors: raw memory lanes first, then the format
 
@@ -237,6 +255,28 @@ template <class T>
 FIF_INLINE void store_strided(T* p, int64_t stride, VecF v, Mask m) {
   scatter_lanes(&p->bits, stride, narrow(p, v), m);
 }
+
+// ---- products of one broadcast factor (a pair of neighbours, where b holds pairs) and a vector
+
+template <class A>
+FIF_INLINE Vec<A> spread(const A* p) {
+  return splat<A>(*p);
+}
+template <class A>
+FIF_INLINE Vec<A> multiply_add(const A*, Vec<A> sum, Vec<A> a, Vec<A> b) {
+  return sum + a * b;
+}
+#if defined(FIF_BF16_DOT)
+FIF_INLINE VecF spread(const bf16* p) {
+  int32_t both;
+  memcpy(&both, p, sizeof both);
+  return (VecF)_mm512_set1_epi32(both);
+}
+FIF_INLINE VecF spread_last(const bf16* p) { return (VecF)_mm512_set1_epi32(p->bits); }
+FIF_INLINE VecF multiply_add(const bf16*, VecF sum, VecF a, VecF b) {
+  return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
 
 // ---- arithmetic that the operators of vector types do not express
 

@@ -1,0 +1,211 @@
+"""What a unit in evaluation keeps between calls never outlives what it was made from."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from fif_ops import FeatureAugment, FusedFiF, backends, ops
+
+pytestmark = [
+    pytest.mark.skipif(not ops.LOADED, reason="needs the compiled kernels"),
+    pytest.mark.usefixtures("one_thread"),
+]
+X = torch.randn(2, 6, 5, 5)
+
+
+def pair(*args, **kwargs):
+    """A fused unit that has prepared its call, and the plain unit with the same values."""
+    torch.manual_seed(0)
+    plain = FeatureAugment(*(args or (6, 20)), **kwargs).eval()
+    fused = FusedFiF.from_reference(plain)
+    with torch.inference_mode():
+        fused(X)
+    assert fused._prepared is not None
+    return fused, plain
+
+
+def agree(fused, plain, x=X):
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def scale_data(unit):
+    unit.primary_conv[0].weight.data.mul_(3.0)
+
+
+def scale_in_place(unit):
+    with torch.no_grad():
+        unit.cheap_operation[0].weight.mul_(-2.0)
+
+
+def swap_two(unit):
+    flat = unit.primary_conv[0].weight.data.flatten()
+    flat[0], flat[16] = flat[16].item(), flat[0].item()
+
+
+def replace_parameter(unit):
+    unit.primary_conv[1].weight = nn.Parameter(torch.full((10,), 0.3))
+
+
+def point_elsewhere(unit):
+    unit.primary_conv[1].bias.data = torch.full((10,), 0.7)
+
+
+def move_statistics(unit):
+    unit.cheap_operation[1].running_mean.data.add_(1.0)
+
+
+def replace_buffer(unit):
+    unit.cheap_operation[1].running_var = torch.full((10,), 4.0)
+
+
+def load(unit):
+    unit.load_state_dict({name: value * 0.5 for name, value in unit.state_dict().items()})
+
+
+def change_eps(unit):
+    unit.primary_conv[1].eps = 0.5
+
+
+def other_activation(unit):
+    unit.primary_conv[2] = nn.Identity()
+
+
+def append(unit):
+    unit.cheap_operation.append(nn.Sigmoid())
+
+
+def drop_norm(unit):
+    unit.cheap_operation[1] = nn.Identity()
+
+
+def hook(unit):
+    unit.primary_conv[0].register_forward_hook(lambda module, args, out: out + 1)
+
+
+def own_forward(unit):
+    unit.cheap_operation[0].forward = lambda y: y[:, :10] * 2
+
+
+def statistics_of_the_batch(unit):
+    unit.primary_conv[1].train()
+    unit.primary_conv[1].momentum = 0.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        scale_data, scale_in_place, swap_two, replace_parameter, point_elsewhere, move_statistics, replace_buffer, load,
+        change_eps, other_activation, append, drop_norm, hook, own_forward, statistics_of_the_batch,
+    ],
+    ids=lambda change: change.__name__,
+)  # fmt: skip
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_every_change_takes_effect(change, layout):
+    fused, plain = pair()
+    x = X.contiguous(memory_format=layout)
+    agree(fused, plain, x)
+    for unit in (fused, plain):
+        change(unit)
+    agree(fused, plain, x)
+    agree(fused, plain, x)
+
+
+def test_other_inputs():
+    fused, plain = pair()
+    for x in (X[:1], X.double()[:, :, :1], X.new_empty(0, 6, 5, 5), torch.randn(3, 6, 9, 1), X[:, :, ::2]):
+        if x.dtype == torch.float64:
+            fused.double(), plain.double()
+        agree(fused, plain, x)
+        fused.float(), plain.float()
+    agree(fused.bfloat16(), plain.bfloat16(), torch.zeros(1, 6, 5, 5, dtype=torch.bfloat16))
+
+
+def test_modes():
+    fused, plain = pair()
+    assert not fused._prepared.fits(X)  # gradients are recorded
+    x = X.clone().requires_grad_()
+    fused(x).sum().backward()
+    assert x.grad is not None
+    agree(fused, plain)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert not fused._prepared.fits(X)
+        assert fused(X).dtype == torch.bfloat16
+    with torch.no_grad():
+        fused(X)
+        assert fused._prepared.fits(X)
+        with backends.use("reference"):
+            assert not fused._prepared.fits(X)
+    assert fused.train()(X).grad_fn is not None
+    assert fused.primary_conv[1].num_batches_tracked == 1
+
+
+def test_errors_stay_in_words():
+    fused, plain = pair()
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match="channels"):
+            fused(torch.randn(2, 5, 5, 5))
+        with pytest.raises(TypeError, match="must be the same"):
+            fused(X.double())
+    agree(fused, plain)
+
+
+def test_copies_prepare_for_themselves():
+    fused, plain = pair()
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert twin._prepared is None
+        agree(twin, plain)
+        scale_data(twin)
+        agree(fused, plain)
+        with torch.inference_mode():
+            assert not torch.allclose(twin(X), plain(X))
+
+
+def test_kernels_that_are_shared_by_maps():
+    """The operator gets a repeated copy of such kernels, which must not be kept."""
+    torch.manual_seed(0)
+    plain = FeatureAugment(6, 20, shared=True).eval()
+    fused = FusedFiF.from_reference(plain)
+    agree(fused, plain)
+    for unit in (fused, plain):
+        scale_in_place(unit)
+    agree(fused, plain)
+
+
+def test_compiled_and_called_plainly():
+    fused, plain = pair()
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for unit in (compiled, fused, compiled):
+            torch.testing.assert_close(unit(X), plain(X), rtol=1e-4, atol=1e-5)
+            for each in (fused, plain):
+                scale_in_place(each)
+
+
+def test_packed_weights_are_found_by_content_alone():
+    """More units than are kept, from several threads, in place of each other's memory."""
+    torch.manual_seed(1)
+    units = [FeatureAugment(40, 64).eval() for _ in range(6)]
+    fused = [FusedFiF.from_reference(unit) for unit in units]
+    x = torch.randn(1, 40, 7, 7).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        truth = [unit(x) for unit in units]
+    wrong = []
+
+    def work():
+        with torch.inference_mode():
+            for _ in range(30):
+                for unit, right in zip(fused, truth, strict=True):
+                    if not torch.allclose(unit(x), right, rtol=1e-4, atol=1e-5):
+                        wrong.append(unit)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
