@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import Any
 
@@ -54,3 +55,19 @@ def _least_seconds(action: Callable[[], Any]) -> float:
         action()
         least = min(least, perf_counter() - start)
     return least
+
+
+def floor_seconds(record: dict[str, Any], peaks: dict[str, Any]) -> float:
+    """The time below which a record's unit cannot be: its arithmetic or its bytes, whichever takes longer."""
+    work, rates = record["work"], peaks["bandwidth"]
+    nearest = min(rates, key=lambda size: abs(math.log(int(size) / work["bytes"])))
+    return max(work["flops"] / peaks["flops"][record["dtype"]], work["bytes"] / rates[nearest])
+
+
+def raised(peaks: dict[str, Any], records: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The peaks, raised to what any contender reached, since torch's own products need not be the fastest."""
+    flops = dict(peaks["flops"])
+    for record in records:
+        least = min((peer["median"] for peer in record["peers"].values()), default=math.inf)
+        flops[record["dtype"]] = max(flops[record["dtype"]], record["work"]["flops"] / least)
+    return peaks | {"flops": flops}
