@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import functools
 import importlib.metadata
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,12 +44,16 @@ CHANNELS_LAST = ("fused nhwc", "eager nhwc", "compile nhwc", "openvino nhwc")
 CURVES = ("fused", "eager nhwc", "onnxruntime", "openvino nhwc", "litert")
 # AOTInductor runs the kernels that compile runs, with less to do at each call, and takes 10 s to compile a unit: on
 # these only, and in the layout in which compile is faster.
+AOTI = ("aoti nhwc",)
 AHEAD = (Shape(16, 8, 112), Shape(64, 32, 28), Shape(80, 92, 14), Shape(80, 92, 14, batch=16))
 SPATIAL = tuple(Shape(*sizes, kernel_size=3) for sizes in ((16, 16, 56), (32, 32, 28), (64, 64, 14), (64, 64, 14, 16)))
 
 
 class Item(NamedTuple):
-    """One race: ``peers`` are names and families; ``axis`` is what varies along a curve."""
+    """One race: ``peers`` are names and families; ``axis`` is what varies along a curve.
+
+    ``compiling``: seconds that the compiled ones among the peers need beforehand, about, on two cores.
+    """
 
     suite: str
     task: Callable[[], Task]
@@ -57,27 +61,31 @@ class Item(NamedTuple):
     threads: int = 1
     pace: timing.Pace = UNIT_PACE
     axis: int | None = None
+    compiling: float = 0.0
 
 
 def items(quick: bool = False) -> list[Item]:
     """Everything, the most important first; training, which compiles longest, near the end."""
-    unit = functools.partial
     shapes = QUICK_SHAPES if quick else SHAPES
     spatial = SPATIAL[1:2] if quick else SPATIAL
-    found = [Item("inference", unit(unit_task, s), INFERENCE + ("aoti nhwc",) * (s in AHEAD)) for s in shapes]
-    found += [Item("network", unit(network_task, 224, 1), INFERENCE, pace=NETWORK_PACE)]
-    found += [Item("host", unit(unit_task, HOST_SHAPE), ("fused", "eager", *RUNTIMES))]
-    found += [Item("host", unit(unit_task, HOST_SHAPE, training=True), ("fused", "eager"))]
-    found += [Item("spatial", unit(unit_task, s), ("fused", "eager", *RUNTIMES)) for s in spatial]
-    found += [Item("inference bf16", unit(unit_task, s, precision=BF16), CHANNELS_LAST) for s in shapes]
+    network = partial(network_task, 224, 1)
+    step = partial(network_task, 32, 16 if quick else 128, training=True)
+    found = [Item("inference", partial(unit_task, s), INFERENCE + AOTI * (s in AHEAD), compiling=6.0) for s in shapes]
+    found += [Item("network", network, INFERENCE, pace=NETWORK_PACE, compiling=80.0)]
+    found += [Item("host", partial(unit_task, HOST_SHAPE), ("fused", "eager", *RUNTIMES))]
+    found += [Item("host", partial(unit_task, HOST_SHAPE, training=True), ("fused", "eager"))]
+    found += [Item("spatial", partial(unit_task, s), ("fused", "eager", *RUNTIMES)) for s in spatial]
+    bf16 = partial(unit_task, precision=BF16)
+    found += [Item("inference bf16", partial(bf16, s), CHANNELS_LAST, compiling=3.0) for s in shapes]
     for training in (False, True):
         suite = "threads training" if training else "threads"
-        found += [Item(suite, unit(unit_task, s, training), ("1 thread", "2 threads"), 2) for s in shapes]
+        found += [Item(suite, partial(unit_task, s, training), ("1 thread", "2 threads"), 2) for s in shapes]
     found += _curves(quick)
-    found += [Item("training", unit(unit_task, s, training=True), ("fused", "eager", "compile")) for s in shapes]
-    # Compiling a network's training step takes minutes: in the layout alone in which its units are faster.
-    step = unit(network_task, 32, 16 if quick else 128, training=True)
-    found += [Item("network training", step, ("fused", "eager", "compile nhwc"), 2, NETWORK_PACE)]
+    train = partial(unit_task, training=True)
+    found += [Item("training", partial(train, s), ("fused", "eager", "compile"), compiling=12.0) for s in shapes]
+    # Compiling a network's training step takes minutes: in the layout alone in which eager is faster.
+    peers = ("fused", "eager", "compile nhwc")
+    found += [Item("network training", step, peers, 2, NETWORK_PACE, compiling=180.0)]
     return found
 
 
@@ -89,7 +97,7 @@ def _curves(quick: bool) -> list[Item]:
         "width": {n: Shape(n, n // 2, 28) for n in (16, 32, 64, 128, 256)},
     }
     return [
-        Item(suite, functools.partial(unit_task, shape), CURVES, axis=value)
+        Item(suite, partial(unit_task, shape), CURVES, axis=value)
         for suite, shapes in values.items()
         for value, shape in list(shapes.items())[: 2 if quick else None]
     ]
@@ -146,6 +154,7 @@ def run_item(item: Item, peers: Sequence[Peer]) -> dict[str, Any]:
         task = item.task()
         race = Race(task, peers, strict=False)
         if race.steps:
+            torch.set_num_threads(item.threads)  # which a step may have changed
             race.time(item.pace)
         record = race.record(item.suite) | {"threads": item.threads, "axis": item.axis, "work": work(task)}
     return record | {"seconds": time.perf_counter() - start}
@@ -161,7 +170,7 @@ def run(chosen: Sequence[Item], minutes: float, progress: Progress) -> Iterator[
             progress.console.print(f"[yellow]No time left for {len(chosen) - index} of {len(chosen)} measurements.[/]")
             return
         peers = candidates(item)
-        late = left < SECONDS_AN_ITEM * (len(chosen) - index)
+        late = left < item.compiling + SECONDS_AN_ITEM * (len(chosen) - index)
         dropped = {
             peer.name: f"no time left of {minutes:g} minutes" for peer in peers if late and peer.family in COMPILED
         }
