@@ -65,7 +65,7 @@ class Item(NamedTuple):
 
 
 def items(quick: bool = False) -> list[Item]:
-    """Everything, the most important first; training, which compiles longest, near the end."""
+    """Everything; what compiles longest comes last, where it is left out if time runs short."""
     shapes = QUICK_SHAPES if quick else SHAPES
     spatial = SPATIAL[1:2] if quick else SPATIAL
     network = partial(network_task, 224, 1)
@@ -81,11 +81,11 @@ def items(quick: bool = False) -> list[Item]:
         suite = "threads training" if training else "threads"
         found += [Item(suite, partial(unit_task, s, training), ("1 thread", "2 threads"), 2) for s in shapes]
     found += _curves(quick)
-    train = partial(unit_task, training=True)
-    found += [Item("training", partial(train, s), ("fused", "eager", "compile"), compiling=12.0) for s in shapes]
     # Compiling a network's training step takes minutes: in the layout alone in which eager is faster.
     peers = ("fused", "eager", "compile nhwc")
     found += [Item("network training", step, peers, 2, NETWORK_PACE, compiling=180.0)]
+    train = partial(unit_task, training=True)
+    found += [Item("training", partial(train, s), ("fused", "eager", "compile"), compiling=12.0) for s in shapes]
     return found
 
 

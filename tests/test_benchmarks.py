@@ -327,7 +327,8 @@ class TestFloor:
         assert peaks.raised(PEAKS, [record])["flops"] == {"float32": pytest.approx(3e9), "bfloat16": 4e9}
         assert PEAKS["flops"]["float32"] == 1e9
 
-    def test_measured(self):
+    def test_measured(self, monkeypatch):
+        monkeypatch.setattr(peaks, "ATTEMPTS", 1)
         found = peaks.measure_peaks()
         assert all(rate > 1e8 for rates in found.values() for rate in rates.values())
 
