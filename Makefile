@@ -9,6 +9,7 @@ INSTALL := $(PY) -m pip install --disable-pip-version-check --constraint constra
 SOURCES := setup.py $(shell find csrc -type f)
 READY := $(VENV)/.ready
 LINTERS := $(VENV)/.linters
+PEERS := $(VENV)/.peers
 LIBRARY := fif_ops/_C.so
 SANITIZED := build/sanitize/_C.so
 
@@ -16,10 +17,10 @@ SANITIZED := build/sanitize/_C.so
 export FIF_OPS_CUDA_ARCHS ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u),90)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu sanitize registers lint format wheel clean distclean compiler
+.PHONY: help demo test bench bench-cpu gpu sanitize registers lint format wheel clean distclean compiler
 
 help:  ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(LIBRARY)  ## train and compare a network with the reference and the fused unit
 	$(PY) -m fif_ops demo $(ARGS)
@@ -29,6 +30,10 @@ test: compiler $(LIBRARY) $(SANITIZED)  ## all tests, the sanitized kernels incl
 
 bench: $(LIBRARY)  ## all benchmarks; keep the machine idle meanwhile
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
+
+bench-cpu: $(LIBRARY) $(PEERS)  ## the README's figures of speed, against other runtimes, in 20 minutes; keep the machine idle
+	$(PY) -m benchmarks.cpu $(ARGS)
+	$(PY) -m benchmarks.report benchmarks/results/cpu.json --readme README.md
 
 gpu:  ## tests and benchmarks on the GPU at hand, in 8 minutes; with the torch of PYTHON, and nothing installed
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
@@ -78,6 +83,10 @@ $(LIBRARY): $(READY) $(SOURCES) pyproject.toml
 	@echo "Building the kernels and installing the package into $(VENV) ..."
 	$(INSTALL) --quiet --no-build-isolation --editable '.[test,demo]'
 	@touch -c $@
+
+$(PEERS): pyproject.toml constraints.txt | $(LIBRARY)
+	$(INSTALL) --quiet --no-build-isolation --editable '.[test,demo,peers]'
+	@touch $@
 
 $(SANITIZED): $(READY) $(SOURCES)
 	$(PY) setup.py --quiet build_sanitized || \

@@ -22,21 +22,18 @@ from torch import Tensor, nn
 
 from fif_ops import FeatureAugment, FusedFiF, backends, explain
 
+from . import runtimes
 from .checks import differentiable, running_statistics
+from .runtimes import Step
 from .shapes import Task
 
-Step = Callable[[], Any]
 SUITES = ("inference", "training", "host", "network")
 # The backends that are the fused unit on a kind of device.
 KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
-def always() -> str:
-    return ""
-
-
 class Peer(NamedTuple):
-    """A way to run tasks. ``unavailable`` says why it cannot run here, or "".
+    """A way to run tasks. ``unavailable`` says why it cannot run here, ``refuses`` why it cannot do a task, or "".
 
     Peers of one ``family`` differ in memory format only; the report takes the better of them. ``default_in`` names
     the suites in which the peer runs unasked.
@@ -46,7 +43,8 @@ class Peer(NamedTuple):
     family: str
     channels_last: bool
     make: Callable[[Task], Step]
-    unavailable: Callable[[], str] = always
+    unavailable: Callable[[], str] = lambda: ""
+    refuses: Callable[[Task], str] = lambda task: ""
     default_in: tuple[str, ...] = SUITES
 
 
@@ -101,8 +99,11 @@ def make_eager(task: Task, channels_last: bool) -> Step:
 
 
 def make_compiled(task: Task, channels_last: bool) -> Step:
+    # Freezing makes constants of the weights, so that the compiler can fold and repack them; it is for inference only.
+    options = None if task.training else {"freezing": True}
     # fullgraph: a graph break, or one compilation too many, must be an error, not a silent return to eager mode.
-    return torch_step(task, functools.partial(torch.compile, dynamic=False, fullgraph=True), channels_last)
+    compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True, options=options)
+    return torch_step(task, compiled, channels_last)
 
 
 def _fused_unavailable() -> str:
@@ -124,12 +125,32 @@ def both_layouts(family: str, make: Callable[..., Step], **options: Any) -> list
     ]
 
 
+def _runtime(label: str, *modules: str) -> dict[str, Any]:
+    return {"unavailable": functools.partial(runtimes.missing, label, *modules), "default_in": ("inference", "network")}
+
+
+ONNX_RUNTIME = _runtime("ONNX Runtime", "onnxruntime", "onnx")
+OPENVINO = _runtime("OpenVINO", "openvino", "onnx")
+LITERT = _runtime("LiteRT", "ai_edge_litert")
+AOTI = {"unavailable": compiler_unavailable, "refuses": runtimes.no_unit_inference, "default_in": ()}
+
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         *both_layouts("fused", make_fused, unavailable=_fused_unavailable),
         *both_layouts("eager", make_eager),
         *both_layouts("compile", make_compiled, unavailable=compiler_unavailable, default_in=("inference",)),
+        *both_layouts("aoti", runtimes.make_aoti, **AOTI),
+        Peer(
+            "onnxruntime nchw",
+            "onnxruntime",
+            False,
+            runtimes.make_onnxruntime,
+            refuses=runtimes.no_fp32_inference,
+            **ONNX_RUNTIME,
+        ),
+        *both_layouts("openvino", runtimes.make_openvino, refuses=runtimes.no_inference, **OPENVINO),
+        Peer("litert nhwc", "litert", True, runtimes.make_litert, refuses=runtimes.no_fp32_unit, **LITERT),
     )
 }
 

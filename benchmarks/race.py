@@ -20,8 +20,8 @@ class Race:
     """Peers prepared for a task, and what was measured of them.
 
     Attributes: ``steps``, ``errors`` (largest relative error) and ``timings`` by peer's name, ``skipped`` (why a peer
-    cannot run here), ``failed`` (which peer went wrong, and how), ``speed_ups`` (the better eager median over the
-    better fused one; one for every attempt at the floor).
+    cannot run here or do this task), ``failed`` (which peer went wrong, and how), ``speed_ups`` (the better eager
+    median over the better fused one; one for every attempt at the floor).
 
     Raises WrongResult if a peer's result is wrong, and whatever a peer raises: nothing is timed then. Unless
     ``strict``, such a peer is only left out and counts as ``failed``.
@@ -32,7 +32,7 @@ class Race:
     ) -> None:
         self.task = task
         self.clock = clock
-        self.skipped = {peer.name: why for peer in peers if (why := peer.unavailable())}
+        self.skipped = {peer.name: why for peer in peers if (why := peer.unavailable() or peer.refuses(task))}
         self.peers = [peer for peer in peers if peer.name not in self.skipped]
         self.steps: dict[str, Step] = {}
         self.errors: dict[str, float] = {}
@@ -97,6 +97,7 @@ class Race:
                 for peer in self.peers
             },
             "skipped": self.skipped,
+            "failed": self.failed,
             "floor": {"met": self.floor_met, "speed_ups": self.speed_ups} if self.speed_ups else None,
         }
 

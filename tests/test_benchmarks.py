@@ -1,5 +1,7 @@
 """The benchmarks' own machinery: complete shapes, no timing of wrong results, fair turns, a report that renders."""
 
+import functools
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are not part of the installed package
 
-from benchmarks import race, report, timing  # noqa: E402
+from benchmarks import cpu, peaks, race, readme, report, runtimes, scaling, timing  # noqa: E402
 from benchmarks.checks import Truth, WrongResult, names  # noqa: E402
 from benchmarks.peers import PEERS, Peer, chosen, fused  # noqa: E402
+from benchmarks.precision import BF16  # noqa: E402
 from benchmarks.race import Race  # noqa: E402
 from benchmarks.shapes import HOST_SHAPE, QUICK_SHAPES, SHAPES, Shape, network_task, unit_task  # noqa: E402
 from fif_ops import FusedFiF, explain  # noqa: E402
@@ -135,10 +139,33 @@ class TestPeers:
         with pytest.raises(ValueError, match=r"no peer is called egar; must be .*eager"):
             chosen("egar", "training")
 
-    def test_families_have_both_layouts(self):
-        assert {(p.family, p.channels_last) for p in PEERS.values()} == set(
-            product({p.family for p in PEERS.values()}, (False, True))
-        )
+    def test_layouts(self):
+        both = product(("fused", "eager", "compile", "aoti", "openvino"), (False, True))
+        assert {(p.family, p.channels_last) for p in PEERS.values()} == {
+            *both,
+            ("onnxruntime", False),
+            ("litert", True),
+        }
+        assert all(p.name == f"{p.family} {'nhwc' if p.channels_last else 'nchw'}" for p in PEERS.values())
+
+    def test_absent_packages_are_named_with_the_extra(self, monkeypatch):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        for family, module in RUNTIMES.items():
+            for peer in (p for p in PEERS.values() if p.family == family):
+                assert module in peer.unavailable()
+                assert "pip install '.[peers]'" in peer.unavailable()
+
+    def test_tasks_are_refused_with_a_reason(self):
+        def willing(task):
+            return {peer.family for peer in PEERS.values() if not peer.refuses(task)}
+
+        everywhere = {"fused", "eager", "compile"}
+        assert willing(unit_task(SMALL)) == everywhere | {"aoti", "onnxruntime", "openvino", "litert"}
+        assert willing(unit_task(SMALL, training=True)) == everywhere
+        assert willing(unit_task(SMALL, precision=BF16)) == everywhere | {"aoti", "openvino"}
+        assert willing(network_task(in_size=16, batch=1)) == everywhere | {"onnxruntime", "openvino"}
+        refusing = PEERS["litert nhwc"]._replace(unavailable=lambda: "")
+        assert "bf16" in Race(unit_task(SMALL, precision=BF16), [refusing]).skipped["litert nhwc"]
 
     def test_unavailable_peers_are_named_and_left_out(self):
         absent = PEERS["eager nhwc"]._replace(unavailable=lambda: "not here")
@@ -153,6 +180,159 @@ class TestPeers:
         assert all(type(unit) is FusedFiF for unit in units)
 
 
+# The module that each family of runtimes needs.
+RUNTIMES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "litert": "ai_edge_litert"}
+VARIANTS = {
+    "small": unit_task(SMALL),
+    "ratio": unit_task(SMALL._replace(ratio=4)),
+    "spatial": unit_task(SMALL._replace(kernel_size=3)),
+    "linear": unit_task(SMALL._replace(activation=None)),
+    "bf16": unit_task(SMALL, precision=BF16),
+    "network": network_task(in_size=16, batch=1),
+}
+
+
+class TestRuntimes:
+    @pytest.mark.parametrize("variant", VARIANTS)
+    @pytest.mark.parametrize("name", [peer.name for peer in PEERS.values() if peer.family in RUNTIMES])
+    def test_results(self, name, variant):
+        peer, task = PEERS[name], VARIANTS[variant]
+        if reason := peer.unavailable() or peer.refuses(task):
+            pytest.skip(reason)
+        step, truth = peer.make(task), Truth(task)
+        result = step()
+        truth.check(name, peer.channels_last, result)
+        if result.dim() == 4:  # the layout that the peer is said to have, and no copy in another one
+            layout = torch.channels_last if peer.channels_last else torch.contiguous_format
+            assert result.is_contiguous(memory_format=layout)
+        result.fill_(float("nan"))  # a second call computes the result anew, in the same place
+        assert step().data_ptr() == result.data_ptr()
+        truth.check(name, peer.channels_last, result)
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(bool(PEERS["aoti nhwc"].unavailable()), reason="no compiler for AOTInductor")
+    def test_ahead_of_time(self):
+        race = Race(unit_task(SMALL), [PEERS["aoti nhwc"]])
+        assert race.errors["aoti nhwc"] < 1e-5
+
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_folding(self, bias):
+        torch.manual_seed(0)
+        stage = nn.Sequential(nn.Conv2d(3, 4, 3, bias=bias), nn.BatchNorm2d(4)).eval()
+        nn.init.uniform_(stage[1].weight, 0.5, 1.5)
+        nn.init.normal_(stage[1].bias)
+        stage[1].running_mean.normal_()
+        stage[1].running_var.uniform_(0.5, 1.5)
+        x = torch.randn(2, 3, 5, 5)
+        torch.testing.assert_close(torch.conv2d(x, *runtimes.folded(stage)), stage(x))
+
+    def test_compiled_for_inference_is_frozen(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(torch, "compile", lambda module, **options: asked.append(options["options"]) or module)
+        for training in (False, True):
+            PEERS["compile nhwc"].make(unit_task(SMALL, training))
+        assert asked == [{"freezing": True}, None]
+
+
+class TestProcessorItems:
+    def test_all_rows_are_there(self):
+        found = {}
+        for item in cpu.items():
+            found.setdefault(item.suite, []).append(item)
+        assert set(found) == {line.suite for line in readme.LINES} | set(report.CURVES)
+        for suite in ("inference", "inference bf16", "training", "threads", "threads training"):
+            assert [item.task().name.removesuffix(" training") for item in found[suite]] == [s.name for s in SHAPES]
+        assert all(item.task().module.kernel_size == 3 for item in found["spatial"])
+        assert all(item.task().precision is BF16 for item in found["inference bf16"])
+        assert {item.suite for item in cpu.items() if item.threads == 2} == {
+            "threads",
+            "threads training",
+            "network training",
+        }
+        assert all(cpu.candidates(item) for item in cpu.items())
+        first = {peer.name for peer in cpu.candidates(found["inference"][0])}
+        assert first == set(PEERS) - {"aoti nchw"}
+
+    def test_work(self):
+        shape = Shape(6, 4, 5, batch=3, ratio=3)
+        pixels, macs = 3 * 5 * 5, 6 * 4 + 8 * 9
+        assert cpu.work(unit_task(shape)) == {"flops": 2 * pixels * macs, "bytes": 4 * pixels * (6 + 12)}
+        assert cpu.work(unit_task(shape, precision=BF16))["bytes"] == 2 * pixels * (6 + 12)
+        step = cpu.work(unit_task(shape, training=True))
+        assert step == {"flops": 6 * pixels * macs, "bytes": 4 * pixels * (3 * 6 + 2 * 12)}
+        assert cpu.work(network_task(in_size=16, batch=1)) is None
+
+    def test_what_has_no_time_left_is_left_out(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(
+            cpu, "run_item", lambda item, peers: asked.append({p.name for p in peers}) or {"skipped": {}}
+        )
+        item = cpu.Item("inference", functools.partial(unit_task, SMALL), ("fused", "compile nhwc"))
+        with cpu.Progress(disable=True) as progress:
+            assert list(cpu.run([item] * 3, 10.0, progress)) == [{"skipped": {}}] * 3
+            late = list(cpu.run([item] * 3, 0.1, progress))
+            assert list(cpu.run([item] * 3, -1.0, progress)) == []
+            list(cpu.run([item._replace(compiling=60.0)], 0.9, progress))
+        full = {"fused nchw", "fused nhwc", "compile nhwc"}
+        quick = full - {"compile nhwc"}
+        assert asked == [full] * 3 + [quick] * 2 + [full] + [quick]  # 6 seconds are enough for the last of three
+        assert late[0] == {"skipped": {"compile nhwc": "no time left of 0.1 minutes"}}
+
+    def test_steps_run_with_their_threads(self):
+        seen = []
+        pair = [cpu._AtThreads(lambda: seen.append(torch.get_num_threads()), count) for count in (1, 2)]
+        with timing.threads(1):
+            for step in (*pair, *pair):
+                step()
+        assert seen == [1, 2, 1, 2]
+
+    def test_figures_are_written_small_and_read_back(self, tmp_path):
+        records = [_record("one", fn=1.23456789e-4, en=8e-4), _record("two", suite="training", fn=1e-3, en=2e-3)]
+        cpu.write(tmp_path / "cpu.json", {"machine": {"torch": "2", "load": 0.25}, "records": records})
+        suites, machine = report.load(tmp_path / "cpu.json")
+        assert machine == {"torch": "2", "load": 0.25}
+        assert suites["inference"][0]["peers"]["fused n"]["median"] == 1.235e-4
+        assert [record["task"] for record in suites["training"]] == ["two"]
+
+    @pytest.mark.parametrize(("spoil", "status"), [(lambda y: y, 0), (lambda y: y * 1.01, 1)], ids=["right", "wrong"])
+    def test_command(self, tmp_path, monkeypatch, spoil, status, capsys):
+        item = cpu.Item("inference", functools.partial(unit_task, SMALL), ("fused", "eager"), pace=PACE)
+        monkeypatch.setattr(cpu, "items", lambda quick=False: [item])
+        monkeypatch.setattr(cpu, "PEERS", {"fused nchw": planted(spoil, "fused nchw", "fused"), "eager nchw": EAGER})
+        monkeypatch.setattr(cpu, "measure_peaks", lambda: PEAKS)
+        output = tmp_path / "cpu.json"
+        assert cpu.main(["--output", str(output)]) == status
+        record = json.loads(output.read_text())["records"][0]
+        assert set(record["peers"]) == ({"eager nchw"} if status else {"fused nchw", "eager nchw"})
+        assert ("wrong on 5-3@6 b4" in capsys.readouterr().out) == bool(status)
+        with pytest.raises(SystemExit):
+            cpu.main(["--only", "nonsense"])
+
+
+PEAKS = {"flops": {"float32": 1e9, "bfloat16": 4e9}, "bandwidth": {"1024": 1e10, "65536": 1e9}}
+
+
+class TestFloor:
+    def test_the_longer_of_arithmetic_and_bytes(self):
+        def floor(flops, moved, dtype="float32"):
+            return peaks.floor_seconds({"dtype": dtype, "work": {"flops": flops, "bytes": moved}}, PEAKS)
+
+        assert floor(1e6, 1024) == pytest.approx(1e-3)
+        assert floor(1e6, 1024, "bfloat16") == pytest.approx(0.25e-3)
+        assert floor(1.0, 2048) == pytest.approx(2048 / 1e10)
+        assert floor(1.0, 60000) == pytest.approx(60000 / 1e9)
+
+    def test_peaks_rise_to_what_was_reached(self):
+        record = _record("one", fn=1e-3, en=2e-3) | {"work": {"flops": 3e6, "bytes": 1}}
+        assert peaks.raised(PEAKS, [record])["flops"] == {"float32": pytest.approx(3e9), "bfloat16": 4e9}
+        assert PEAKS["flops"]["float32"] == 1e9
+
+    def test_measured(self, monkeypatch):
+        monkeypatch.setattr(peaks, "ATTEMPTS", 1)
+        found = peaks.measure_peaks()
+        assert all(rate > 1e8 for rates in found.values() for rate in rates.values())
+
+
 class TestTiming:
     def test_turns_and_figures(self):
         calls = []
@@ -160,7 +340,9 @@ class TestTiming:
         timings = timing.interleaved(actions, PACE)
         assert all(0 < t.lower_quartile <= t.median <= t.upper_quartile for t in timings.values())
         assert all(t.rounds == 3 for t in timings.values())
-        in_turn = [name for name in "abc" for _ in range(timings[name].repeats)] * 3
+        in_turn = [
+            name for name in "abc" for _ in range(1 + timings[name].repeats)
+        ] * 3  # the first call of a sample is not timed
         assert calls[-len(in_turn) :] == in_turn
 
     def test_short_calls_are_repeated(self):
@@ -270,6 +452,77 @@ class TestReport:
         assert report.main([str(path)]) == 1
         assert str(path) in capsys.readouterr().err
         assert report.main([str(tmp_path / "absent.json")]) == 1
+
+
+COMMITTED = ROOT / "benchmarks" / "results" / "cpu.json"
+
+
+class TestReadme:
+    def test_the_table_is_the_one_of_the_committed_figures(self):
+        text = (ROOT / "README.md").read_text()
+        shown = text.split(readme.BEGIN)[1].split(readme.END)[0].strip()
+        assert shown == readme.table(*report.load(COMMITTED), COMMITTED.relative_to(ROOT))
+        assert COMMITTED.stat().st_size < 200_000
+        for name in ("cpu.png", "cpu-scaling.png"):
+            assert COMMITTED.with_name(name).is_file()
+            assert f"benchmarks/results/{name}" in shown
+
+    def test_rows(self, results):
+        suites, machine = report.load(results)
+        suites["threads"] = [_threads("one", 2.0, 4.0), _threads("two", 1.0, 2.0)]
+        machine |= {"load": 2.0, "date": "2026-01-02", "peers": {"openvino": "1.2", "litert": None}}
+        text = readme.table(suites, machine, Path("results.json"))
+        assert "2026-01-02, few shapes only, **the machine not idle** (load 2.0)" in text
+        assert "openvino 1.2, fif_ops" in text
+        assert "| inference | 2 | all | 1.00 | 0.50 (two, eager N) |" in text
+        assert "| inference, NCHW | 2 | all fed NCHW | 1.00 | 0.25 (two, eager N) |" in text
+        assert "| forward and backward | 1 | all | 2.00 | 2.00 (three, eager N) |" in text
+        assert "| two threads, inference | 2 | itself with one thread | 1.41 | 1.00 (two) |" in text
+        suites["inference"][0]["peers"] = {}
+        assert "| inference | 1 of 2 | all | 0.50 |" in readme.table(suites, machine, Path("results.json"))
+        suites["inference"][1]["peers"] = {}
+        assert "| inference | 0 of 2 | all | | |" in readme.table(suites, machine, Path("results.json"))
+
+    def test_only_what_is_between_the_marks_changes(self, tmp_path):
+        path = tmp_path / "README.md"
+        path.write_text(f"a\n{readme.BEGIN}\nold\n{readme.END}\nb\n")
+        readme.update(path, "new")
+        readme.update(path, "newer")
+        assert path.read_text() == f"a\n{readme.BEGIN}\nnewer\n{readme.END}\nb\n"
+        path.write_text("no marks")
+        with pytest.raises(ValueError, match="two lines once each"):
+            readme.update(path, "new")
+        assert path.read_text() == "no marks"
+
+    def test_drawn_with_plots(self, tmp_path, results, capsys):
+        suites, machine = report.load(results)
+        for record in suites["inference"]:
+            record["work"] = {"flops": 1e5, "bytes": 1000}
+        curve = [_record(f"b{n}", "batch", fn=n * 1e-4, en=n * 2e-4) | {"axis": n} for n in (1, 2, 4)]
+        records = [*suites["inference"], *curve, _threads("one", 2.0, 4.0)]
+        path = tmp_path / "cpu.json"
+        cpu.write(path, {"machine": machine | {"peaks": PEAKS}, "records": records})
+        (tmp_path / "README.md").write_text(f"{readme.BEGIN}\n{readme.END}\n")
+        assert report.main([str(path), "--readme", str(tmp_path / "README.md")]) == 0
+        for name in ("cpu.png", "cpu-scaling.png"):
+            assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert "[figures](cpu.json)" in (tmp_path / "README.md").read_text()
+        (tmp_path / "README.md").write_text("")
+        assert report.main([str(path), "--readme", str(tmp_path / "README.md")]) == 1
+        assert "must have these two lines" in capsys.readouterr().err
+
+    def test_thread_ratio_is_of_the_worse_layout(self):
+        record = _threads("one", 2.0, 4.0)
+        assert scaling.thread_ratio(record) == pytest.approx(2.0)
+
+
+def _threads(task, nchw, nhwc):
+    """A record of two threads being so many times faster than one."""
+    record = _record(task, "threads")
+    for layout, ratio in (("nchw", nchw), ("nhwc", nhwc)):
+        for family, seconds in (("1 thread", 1e-3), ("2 threads", 1e-3 / ratio)):
+            record["peers"][f"fused {layout} {family}"] = _peer(family, layout == "nhwc", seconds)
+    return record
 
 
 @pytest.mark.skipif(bool(PEERS["fused nchw"].unavailable()), reason="no fused kernel here")
