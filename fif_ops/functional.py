@@ -71,8 +71,9 @@ class Call(NamedTuple):
     composition: Callable[[], Tensor] | None = None
 
     def __call__(self) -> Tensor:
-        if self.options is None:
+        if self.composition is not None:
             return self.composition()
+        assert self.options is not None
         if self.wants_grad:
             return FusedUnit.apply(*self.convolutions, *self.norms, self.options)
         if any(self.options.batch):

@@ -1,7 +1,7 @@
-"""A unit's call in evaluation, kept: everything but x was checked at an earlier one, and must only be found unchanged.
+"""A unit's call in evaluation, kept: all but x was checked at an earlier one, and must only be found unchanged.
 
-On small maps the time of a call is the time of its checks. What they led to (the operator and its arguments) stays valid
-while the module holds the same submodules, parameters, buffers and settings, which identity tests tell in two
+On small maps the time of a call is the time of its checks. What they led to (the operator and its arguments) stays
+valid while the module holds the same submodules, parameters, buffers and settings, which identity tests tell in two
 microseconds. Values are not copied: the operator reads the parameters afresh at every call.
 """
 
@@ -45,6 +45,7 @@ class PreparedCall:
     def __init__(self, unit: nn.Module, call: Call) -> None:
         x, *convolutions = call.convolutions
         options = call.options
+        assert options is not None  # can_prepare
         self.operator = options.operator("infer").default
         self.arguments = (*convolutions, *call.norms, *options.eps, options.out_channels, options.activation_code,
                           options.splice)  # fmt: skip

@@ -6,6 +6,7 @@ from torch import nn
 
 from fif_ops import FeatureAugment, FusedFiF
 from fif_ops.models import HWNet, Spindle, hwnet, mac_count, parameter_count
+from fif_ops.models.conv_norm import ConvNorm, conv_norm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,12 +109,12 @@ def test_shortcuts_and_strided_convolutions():
     same, wider, strided = (16, 48, 16, 1), (16, 48, 24, 1), (16, 48, 24, 2)
     for variant, sizes, depthwise, shortcut in (
         ("patent", same, False, nn.Identity),
-        ("patent", wider, False, nn.Sequential),
+        ("patent", wider, False, ConvNorm),
         ("patent", strided, True, type(None)),
         ("table2", same, False, nn.Identity),
-        ("table2", wider, False, nn.Sequential),
-        ("table2", strided, False, nn.Sequential),
-        ("table2", (16, 48, 16, 2), False, nn.Sequential),
+        ("table2", wider, False, ConvNorm),
+        ("table2", strided, False, ConvNorm),
+        ("table2", (16, 48, 16, 2), False, ConvNorm),
     ):
         spindle = Spindle(*sizes, variant=variant)
         assert (spindle.depthwise is not None) == depthwise
@@ -202,3 +203,35 @@ def test_smallest_network():
     net = hwnet(0.01, num_classes=3, in_size=16).eval()
     assert isinstance(net, HWNet)
     assert net(torch.randn(1, 3, 16, 16)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    "args", [(6, 10, 1), (6, 10, 1, 2), (6, 6, 3, 2, 6), (3, 8, 3, 2, 1, True), (5, 7, 1, 1, 1, True)], ids=str
+)
+def test_a_convolution_joins_its_normalisation_in_evaluation(args, layout):
+    torch.manual_seed(0)
+    joined = ConvNorm(*args)
+    plain = conv_norm(*args)
+    x = torch.randn(2, args[0], 9, 7).contiguous(memory_format=layout)
+    for _ in range(2):
+        joined(torch.randn(8, args[0], 9, 7))  # so that statistics are no zeros and ones
+    plain.load_state_dict(joined.state_dict())
+    changes = [
+        lambda unit: None,
+        lambda unit: unit[0].weight.data.mul_(-1.5),
+        lambda unit: unit[1].running_mean.add_(0.5),
+        lambda unit: setattr(unit[1], "eps", 0.3),
+        lambda unit: unit[0].register_forward_hook(lambda module, inputs, out: out + 1),
+        lambda unit: unit[1].train(),
+    ]
+    for unit in (joined, plain):
+        unit.eval()
+    for change in changes:
+        for unit in (joined, plain):
+            change(unit)
+        with torch.no_grad():
+            out = joined(x)
+            torch.testing.assert_close(out, plain(x), rtol=1e-4, atol=1e-5)
+            assert out.is_contiguous(memory_format=layout)
+    assert joined(x).requires_grad

@@ -43,6 +43,7 @@ void tile(const Gemm<T, B, C>& g, int64_t i, int64_t j, Mask last) {
   const int64_t step = g.a_row, step3 = 3 * g.a_row;
   const B* b = g.b + j;
   const bool whole = is_full<A>(last);
+  const int64_t ahead = g.b_ahead;
   auto add = [&](auto spread_one) __attribute__((always_inline)) {
     Vec<A> bv[V];
     FIF_UNROLL for (int v = 0; v < V - 1; ++v) bv[v] = load(b + v * L);
@@ -50,6 +51,10 @@ void tile(const Gemm<T, B, C>& g, int64_t i, int64_t j, Mask last) {
       bv[V - 1] = load(b + (V - 1) * L);  // packed, in whole vectors
     else
       bv[V - 1] = whole && !kFreeMasks ? load(b + (V - 1) * L) : load(b + (V - 1) * L, last);
+    // Rows of b lie far apart in NCHW, too many of them for the processor to foresee.
+    if constexpr (kStep == 1 && R >= kTileRows / 2) {
+      FIF_UNROLL for (int v = 0; v < V; ++v) __builtin_prefetch(b + ahead + v * L);
+    }
     FIF_UNROLL for (int r = 0; r < R; ++r) {
       const T* p = group[r / 4] + (r % 4 == 3 ? step3 : (r % 4) * step);
       const Vec<A> av = spread_one(p);

@@ -34,6 +34,7 @@ struct Gemm {
   const Compute<A>* scale = nullptr;
   const Compute<A>* shift = nullptr;
   Activation activation = Activation::none;
+  int64_t b_ahead = 0;  // elements from what is read of b to what is asked of the caches: 0, or the next tile's
 };
 
 // The most rows that one tile holds; callers cut their channels into even blocks of at most this.

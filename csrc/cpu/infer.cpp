@@ -74,6 +74,7 @@ void infer_planar(const Problem& p, const InferArgs& a, const Threads& threads) 
   const Computed<T> primary_weight(a.primary_weight, p.primary * p.in_channels);
   const Computed<T> cheap_weight(a.cheap_weight, p.cheap() * K * K);
   const ScaleShift<A> primary_norm(a.primary, p.primary), cheap_norm(a.cheap, p.cheap());
+  constexpr int64_t kAhead = 2 * kLanes<A>;  // the next tile's pixels, in most blocks
   const int64_t blocks = ceil_div(p.primary, kTileRows), block = ceil_div(p.primary, blocks);
   const PrimaryMaps<T> maps(p, a, max_of<int64_t>(threads.count, p.batch * blocks < threads.count ? p.batch : 0));
 
@@ -92,7 +93,8 @@ void infer_planar(const Problem& p, const InferArgs& a, const Threads& threads) 
                        .finish = Finish::by_row,
                        .scale = primary_norm.scale() + m,
                        .shift = primary_norm.shift() + m,
-                       .activation = p.activation});
+                       .activation = p.activation,
+                       .b_ahead = kAhead});
   };
   auto cheap = [&](const Place& at) {
     for (int64_t m = at.block * block; m < min_of((at.block + 1) * block, p.primary); ++m) {

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..modules import FusedFiF
 from ..reference import FeatureAugment, positive_integer
+from .conv_norm import ConvNorm, conv_norm
 from .counts import mac_count, parameter_count
 from .spindle import VARIANTS, Spindle
 
@@ -34,7 +35,8 @@ class HWNet(nn.Module):
         _check(width, variant, num_classes, in_size)
         self.in_size = in_size
         channels = _scaled(16 * width)
-        self.stem = _conv_norm_relu(3, channels, kernel_size=3, stride=1 if in_size <= 64 else 2)
+        part = ConvNorm if fused else conv_norm
+        self.stem = part(3, channels, 3, stride=1 if in_size <= 64 else 2, relu=True)
         spindles = []
         for position, (full_width, stride) in enumerate(SPINDLES):
             out = _scaled(full_width * width)
@@ -44,9 +46,7 @@ class HWNet(nn.Module):
         self.spindles = nn.Sequential(*spindles)
         augmented, features = _scaled(512 * width), _scaled(1280 * width)
         self.augment = (FusedFiF if fused else FeatureAugment)(channels, augmented)
-        self.head = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), *_conv_norm_relu(augmented, features, kernel_size=1, stride=1), nn.Flatten()
-        )
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_norm(augmented, features, 1, relu=True), nn.Flatten())
         self.classifier = nn.Linear(features, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,11 +104,3 @@ def _scaled(channels: float) -> int:
     """The multiple of 4 nearest to ``channels``, at least 4 and not more than a tenth below."""
     rounded = max(4, int(channels + 2) // 4 * 4)
     return rounded + 4 if rounded < 0.9 * channels else rounded
-
-
-def _conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(),
-    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..modules import FusedFiF
 from ..reference import FeatureAugment, positive_integer
+from .conv_norm import ConvNorm, conv_norm
 
 VARIANTS = ("patent", "table2")
 
@@ -23,7 +25,8 @@ class Spindle(nn.Module):
             HWNet's first spindle has them equal.
         stride: the result has ceil(H / stride) x ceil(W / stride) pixels.
         variant: "patent" or "table2".
-        fused: whether the units are FusedFiF or FeatureAugment; parameters and checkpoint keys are the same.
+        fused: whether the units are FusedFiF or FeatureAugment, and convolutions join their normalisations in
+            evaluation; parameters and checkpoint keys are the same.
 
     Shapes: x (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride)).
     Raises TypeError or ValueError for sizes that are not positive integers, ValueError for an unknown variant.
@@ -44,23 +47,18 @@ class Spindle(nn.Module):
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r}: must be one of {', '.join(map(repr, VARIANTS))}")
         positive_integer("stride", stride)
-        unit = FusedFiF if fused else FeatureAugment
+        unit, part = (FusedFiF, ConvNorm) if fused else (FeatureAugment, conv_norm)
         literal = variant == "patent"
         self.fif1 = unit(in_channels, hidden_channels)
         self.depthwise: nn.Module | None = None
         if literal and stride > 1:
-            self.depthwise = nn.Sequential(
-                nn.Conv2d(hidden_channels, hidden_channels, 3, stride, 1, groups=hidden_channels, bias=False),
-                nn.BatchNorm2d(hidden_channels),
-            )
+            self.depthwise = part(hidden_channels, hidden_channels, 3, stride, groups=hidden_channels)
         self.fif2 = unit(hidden_channels, out_channels, stride=1 if literal else stride, activation=None)
         self.shortcut: nn.Module | None = None
         if stride == 1 and in_channels == out_channels:
             self.shortcut = nn.Identity()
         elif stride == 1 or not literal:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
+            self.shortcut = part(in_channels, out_channels, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, in_channels, H, W). Returns (B, out_channels, ceil(H / stride), ceil(W / stride))."""
@@ -68,4 +66,7 @@ class Spindle(nn.Module):
         if self.depthwise is not None:
             y = self.depthwise(y)
         y = self.fif2(y)
-        return y if self.shortcut is None else y + self.shortcut(x)
+        if self.shortcut is None:
+            return y
+        # The second unit's result is ours alone.
+        return y + self.shortcut(x) if torch.is_grad_enabled() else y.add_(self.shortcut(x))
