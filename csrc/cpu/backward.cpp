@@ -73,12 +73,11 @@ template <class T, bool Planar, class Act>
 class UnitBackward {
   using A = Compute<T>;
   using U = Unit<A, Planar>;
-  static constexpr int64_t kStep = Planar ? 1 : U::kLane;  // scratch elements from one pixel to the next
   const Problem& p;
   const BackwardArgs& a;
   const A* const cheap_weight;  // [K * K, cheap maps]
   const Norm<A>&primary, &cheap;
-  const int64_t halo, y_size, z_size, grad_size;
+  const int64_t halo, y_size, z_size, own_size, size;
   const Scratch<A> memory;
   const Act act;
 
@@ -87,21 +86,22 @@ class UnitBackward {
                const Norm<A>& primary_norm, const Norm<A>& cheap_norm, const Act& activation)
       : p(problem), a(args), cheap_weight(weight), primary(primary_norm), cheap(cheap_norm), halo(p.kernel / 2),
         y_size(U::size((sweep.rows() + 4 * halo) * p.width)), z_size(U::size((sweep.rows() + 2 * halo) * p.width)),
-        grad_size(U::size(sweep.rows() * p.width)), memory(threads * (y_size + z_size + 2 * grad_size)),
+        own_size(U::size(sweep.rows() * p.width)), size(y_size + 2 * z_size + 2 * own_size), memory(threads * size),
         act(activation) {}
 
   // Round 1. The gradient before the cheap activation: its sum, and that of it times the centred value.
   void sum(const Work& w, const ChunkSums& sums) const {
     const U unit(p, w.unit);
-    const Rows rows{w.from, w.to};
-    const Strip<A> y = primary_maps(w, unit, rows.widened(halo, p));
+    const Scratches at = scratches(w);
+    const Rows rows = w.block.rows;
+    const Strip<A> y = primary_maps(w, unit, rows.widened(halo, p), at);
     for (int64_t s = 0; s < p.multiplier; ++s) {
       const UnitNorm<A, Planar> norm(unit, cheap, p.multiplier, s);
-      const Strip<A> z = cheap_maps(w, unit, y, rows, s);
-      const Plane<const T, Planar> grad = cheap_gradient(w, unit, rows, s);
+      const Strip<A> z = cheap_maps(unit, y, rows, s, at);
+      const auto grad = cheap_gradient(w, unit, rows, s).read(at.stage);
       PairSum<A> sum;
       if (grad) {
-        each_vector<A, Planar>((rows.to - rows.from) * p.width, [&](int64_t i, Mask m) {
+        each_vector<A, Planar>(rows.count() * p.width, [&](int64_t i, Mask m) {
           const Vec<A> value = load(z.data + i * U::kLane);
           const Vec<A> g = keep_lanes(act.gradient(grad.load(i, m), norm.normalised(value)), m);
           sum.add(g, keep_lanes(g * (value - norm.mean), m));
@@ -114,43 +114,48 @@ class UnitBackward {
   // Round 2. Leaves the gradient before the primary activation in grad_raw.
   void run(const Work& w, const Output& grad_raw, const ChunkSums& weight_sums, const ChunkSums& sums) const {
     const U unit(p, w.unit);
-    const Rows rows{w.from, w.to}, around = rows.widened(halo, p);
-    const Strip<A> y = primary_maps(w, unit, around.widened(halo, p));
-    A *const total = scratch(w) + y_size + z_size, *const part = total + grad_size;
-    const int64_t pixels = (rows.to - rows.from) * p.width;
+    const Scratches at = scratches(w);
+    const Rows rows = w.block.rows, around = rows.widened(halo, p);
+    const Strip<A> y = primary_maps(w, unit, around.widened(halo, p), at);
     for (int64_t s = 0; s < p.multiplier; ++s) {
-      const Strip<A> g = cheap_normalisation(w, unit, y, around, s);
-      const Strip<const A> own{g.data + (rows.from - around.from) * p.width * kStep, rows};
+      const Strip<A> g = cheap_normalisation(w, unit, y, around, s, at);
+      const Strip<const A> own{g.data + (rows.from - around.from) * p.width * U::kPixel, rows};
       Vec<A> taps[kMostTaps], tap_sums[kMostTaps] = {};
       depthwise_weight_gradient<A, Planar>(p, own, {y.data, y.rows}, tap_sums);
       for (int64_t t = 0; t < int64_t(p.kernel) * p.kernel; ++t)
         weight_sums.add(w, t, unit, U::total(tap_sums[t]), p.multiplier, s);
       load_taps(p, unit, cheap_weight, s, true, taps);
-      depthwise<A, Planar>(p, {g.data, g.rows}, {s == 0 ? total : part, rows}, taps);
+      depthwise<A, Planar>(p, {g.data, g.rows}, {s == 0 ? at.total : at.part, rows}, taps);
       if (s > 0)
-        each_vector<A, Planar>(pixels, [&](int64_t i, Mask) {
-          store(total + i * U::kLane, load(total + i * U::kLane) + load(part + i * U::kLane));
+        each_vector<A, Planar>(rows.count() * p.width, [&](int64_t i, Mask) {
+          store(at.total + i * U::kLane, load(at.total + i * U::kLane) + load(at.part + i * U::kLane));
         });
     }
     const UnitNorm<A, Planar> norm(unit, primary, 1, 0);
-    const int64_t pixel = rows.from * p.width;
-    const Plane<const T, Planar> raw(unit, a.raw, w.n, pixel, unit.channel, 1, p.primary);
-    const Plane<const T, Planar> grad(unit, a.grad, w.n, pixel, unit.channel, 1, p.kept_primary());
-    const Plane<A, Planar> out(unit, grad_raw, w.n, pixel, unit.channel, 1, p.primary);
+    const auto raw = Plane<const T, Planar>(p, unit, a.raw, w.block, unit.channel, 1, p.primary).read(at.stage);
+    const auto grad = Plane<const T, Planar>(p, unit, a.grad, w.block, unit.channel, 1, p.kept_primary()).read(at.part);
     PairSum<A> sum;
-    each_vector<A, Planar>(pixels, [&](int64_t i, Mask m) {
-      Vec<A> g = load(total + i * U::kLane);
+    Plane<A, Planar>(p, unit, grad_raw, w.block, unit.channel, 1, p.primary).write(at.total, [&](int64_t i, Mask m) {
+      Vec<A> g = load(at.total + i * U::kLane);
       if (grad) g += grad.load(i, m);
       const Vec<A> value = raw.load(i, m);
       g = keep_lanes(act.gradient(g, norm.normalised(value)), m);
       sum.add(g, keep_lanes(g * (value - norm.mean), m));
-      out.store(i, g, m);
+      return g;
     });
     add(sums, w, unit, sum, 1, 0);
   }
 
  private:
-  A* scratch(const Work& w) const { return memory.get() + w.thread * (y_size + z_size + 2 * grad_size); }
+  // Primary and cheap maps, what comes from memory for the rows around, and two for the block's own rows.
+  struct Scratches {
+    A *y, *z, *stage, *total, *part;
+  };
+  Scratches scratches(const Work& w) const {
+    A* y = memory.get() + w.thread * size;
+    A *z = y + y_size, *stage = z + z_size, *total = stage + z_size;
+    return {y, z, stage, total, total + own_size};
+  }
 
   static void add(const ChunkSums& sums, const Work& w, const U& unit, PairSum<A>& sum, int64_t stride,
                   int64_t offset) {
@@ -159,34 +164,33 @@ class UnitBackward {
     sums.add(w, 1, unit, U::total(sum.second), stride, offset);
   }
   Plane<const T, Planar> cheap_gradient(const Work& w, const U& unit, Rows rows, int64_t s) const {
-    return {unit, a.grad, w.n, rows.from * p.width, p.kept_primary() + unit.channel * p.multiplier + s, p.multiplier,
-            p.out_channels};
+    const int64_t channel = p.kept_primary() + unit.channel * p.multiplier + s;
+    return {p, unit, a.grad, {w.block.n, rows}, channel, p.multiplier, p.out_channels};
   }
 
   // Activated.
-  Strip<A> primary_maps(const Work& w, const U& unit, Rows rows) const {
-    const Strip<A> y{scratch(w), rows};
+  Strip<A> primary_maps(const Work& w, const U& unit, Rows rows, const Scratches& at) const {
     const Vec<A> scale = unit.parameter(primary.scale()), shift = unit.parameter(primary.shift());
-    const Plane<const T, Planar> raw(unit, a.raw, w.n, rows.from * p.width, unit.channel, 1, p.primary);
-    each_vector<A, Planar>((rows.to - rows.from) * p.width, [&](int64_t i, Mask m) {
-      store(y.data + i * U::kLane, act.value(raw.load(i, m) * scale + shift));
+    const auto raw = Plane<const T, Planar>(p, unit, a.raw, {w.block.n, rows}, unit.channel, 1, p.primary).read(at.y);
+    each_vector<A, Planar>(rows.count() * p.width, [&](int64_t i, Mask m) {
+      store(at.y + i * U::kLane, act.value(raw.load(i, m) * scale + shift));
     });
-    return y;
+    return {at.y, rows};
   }
   // Before normalisation.
-  Strip<A> cheap_maps(const Work& w, const U& unit, const Strip<A>& y, Rows rows, int64_t s) const {
+  Strip<A> cheap_maps(const U& unit, const Strip<A>& y, Rows rows, int64_t s, const Scratches& at) const {
     Vec<A> taps[kMostTaps];
     load_taps(p, unit, cheap_weight, s, false, taps);
-    const Strip<A> z{scratch(w) + y_size, rows};
-    depthwise<A, Planar>(p, {y.data, y.rows}, z, taps);
-    return z;
+    depthwise<A, Planar>(p, {y.data, y.rows}, {at.z, rows}, taps);
+    return {at.z, rows};
   }
   // The gradient of the cheap maps before normalisation.
-  Strip<A> cheap_normalisation(const Work& w, const U& unit, const Strip<A>& y, Rows rows, int64_t s) const {
+  Strip<A> cheap_normalisation(const Work& w, const U& unit, const Strip<A>& y, Rows rows, int64_t s,
+                               const Scratches& at) const {
     const UnitNorm<A, Planar> norm(unit, cheap, p.multiplier, s);
-    const Strip<A> z = cheap_maps(w, unit, y, rows, s);
-    const Plane<const T, Planar> grad = cheap_gradient(w, unit, rows, s);
-    each_vector<A, Planar>((rows.to - rows.from) * p.width, [&](int64_t i, Mask m) {
+    const Strip<A> z = cheap_maps(unit, y, rows, s, at);
+    const auto grad = cheap_gradient(w, unit, rows, s).read(at.stage);
+    each_vector<A, Planar>(rows.count() * p.width, [&](int64_t i, Mask m) {
       const Vec<A> value = load(z.data + i * U::kLane);
       const Vec<A> g = grad ? act.gradient(grad.load(i, m), norm.normalised(value)) : Vec<A>{};
       store(z.data + i * U::kLane, norm.through(g, value));
@@ -212,9 +216,13 @@ void normalisation(const Problem& p, const BackwardArgs& a, const Norm<Compute<T
                    const Work& w) {
   using A = Compute<T>;
   constexpr int L = kLanes<A>;
-  const int64_t pixel = w.from * p.width, pixels = (w.to - w.from) * p.width;
-  A* g = static_cast<A*>(grad_raw.data) + w.n * grad_raw.batch + pixel * (Planar ? 1 : grad_raw.step);
-  const T* raw = static_cast<const T*>(a.raw.data) + w.n * a.raw.batch + pixel * (Planar ? 1 : a.raw.step);
+  const int64_t pixel = w.block.rows.from * p.width, pixels = w.block.rows.count() * p.width;
+  A* g = static_cast<A*>(grad_raw.data) + w.block.n * grad_raw.batch + pixel * (Planar ? 1 : grad_raw.step);
+  const T* raw = static_cast<const T*>(a.raw.data) + w.block.n * a.raw.batch + pixel * (Planar ? 1 : a.raw.step);
+  if constexpr (Planar) {
+    fetch_rows(g, grad_raw.step, p.primary, pixels);
+    fetch_rows(raw, a.raw.step, p.primary, pixels);
+  }
   const int64_t outer = Planar ? p.primary : pixels, inner = Planar ? pixels : p.primary;
   for (int64_t j = 0; j < outer; ++j, g += grad_raw.step, raw += a.raw.step) {
     auto at = [&](const A* values, int64_t i, Mask m) { return Planar ? splat<A>(values[j]) : load(values + i, m); };
@@ -231,17 +239,18 @@ template <class T>
 void input_planar(const Problem& p, const BackwardArgs& a, const Compute<T>* weight, const Output& grad_raw,
                   const Work& w) {
   using A = Compute<T>;
-  const int64_t pixel = w.from * p.width, block = ceil_div(p.in_channels, ceil_div(p.in_channels, kTileRows));
+  const int64_t pixel = w.block.rows.from * p.width,
+                block = ceil_div(p.in_channels, ceil_div(p.in_channels, kTileRows));
   for (int64_t c = 0; c < p.in_channels; c += block)
     gemm(Gemm<A, A, T>{.a = weight + c,
                        .a_row = 1,
                        .a_k = p.in_channels,
-                       .b = static_cast<const A*>(grad_raw.data) + w.n * grad_raw.batch + pixel,
+                       .b = static_cast<const A*>(grad_raw.data) + w.block.n * grad_raw.batch + pixel,
                        .b_k = grad_raw.step,
-                       .c = static_cast<T*>(a.grad_x.data) + w.n * a.grad_x.batch + c * a.grad_x.step + pixel,
+                       .c = static_cast<T*>(a.grad_x.data) + w.block.n * a.grad_x.batch + c * a.grad_x.step + pixel,
                        .c_row = a.grad_x.step,
                        .rows = min_of(block, p.in_channels - c),
-                       .cols = (w.to - w.from) * p.width,
+                       .cols = w.block.rows.count() * p.width,
                        .depth = p.primary});
 }
 
@@ -249,15 +258,15 @@ template <class T>
 void input_channels_last(const Problem& p, const BackwardArgs& a, const Compute<T>* weight, const Output& grad_raw,
                          const Work& w) {
   using A = Compute<T>;
-  const int64_t pixel = w.from * p.width;
-  gemm(Gemm<A, A, T>{.a = static_cast<const A*>(grad_raw.data) + w.n * grad_raw.batch + pixel * grad_raw.step,
+  const int64_t pixel = w.block.rows.from * p.width;
+  gemm(Gemm<A, A, T>{.a = static_cast<const A*>(grad_raw.data) + w.block.n * grad_raw.batch + pixel * grad_raw.step,
                      .a_row = grad_raw.step,
                      .a_k = 1,
                      .b = weight,
                      .b_k = p.in_channels,
-                     .c = static_cast<T*>(a.grad_x.data) + w.n * a.grad_x.batch + pixel * a.grad_x.step,
+                     .c = static_cast<T*>(a.grad_x.data) + w.block.n * a.grad_x.batch + pixel * a.grad_x.step,
                      .c_row = a.grad_x.step,
-                     .rows = (w.to - w.from) * p.width,
+                     .rows = w.block.rows.count() * p.width,
                      .cols = p.in_channels,
                      .depth = p.primary});
 }
@@ -281,8 +290,9 @@ void weight_planar(const Problem& p, const BackwardArgs& a, const Output& grad_r
   for (int64_t n = 0; n < p.batch; ++n)
     for (int64_t pixel = 0; pixel < p.pixels(); pixel += chunk) {
       const int64_t count = min_of(chunk, p.pixels() - pixel);
-      transpose(static_cast<const T*>(a.x.data) + n * a.x.batch + pixel, a.x.step, p.in_channels, count, buffer,
-                p.in_channels);
+      const T* x = static_cast<const T*>(a.x.data) + n * a.x.batch + pixel;
+      fetch_rows(x, a.x.step, p.in_channels, count);
+      transpose(x, a.x.step, p.in_channels, count, buffer, p.in_channels);
       gemm(Gemm<A, A, A>{.a = static_cast<const A*>(grad_raw.data) + n * grad_raw.batch + m0 * grad_raw.step + pixel,
                          .a_row = grad_raw.step,
                          .a_k = 1,
@@ -297,25 +307,35 @@ void weight_planar(const Problem& p, const BackwardArgs& a, const Output& grad_r
     }
 }
 
+// Blocks of the input's channels and of pixels: a block of the sums stays in cache over all pixels, and is read and
+// written once for as many pixels as are summed in registers.
 template <class T>
 void weight_channels_last(const Problem& p, const BackwardArgs& a, const Output& grad_raw, Compute<T>* out, int64_t m0,
                           int64_t m1) {
   using A = Compute<T>;
-  const int64_t chunk = weight_pixels<A>(p);
+  constexpr int64_t kPixels = 256, kChannels = 12 * kLanes<A>;
   for (int64_t i = m0 * p.in_channels; i < m1 * p.in_channels; ++i) out[i] = 0;
-  for (int64_t n = 0; n < p.batch; ++n)
-    for (int64_t pixel = 0; pixel < p.pixels(); pixel += chunk)
-      gemm(Gemm<A, T, A>{.a = static_cast<const A*>(grad_raw.data) + n * grad_raw.batch + pixel * grad_raw.step + m0,
-                         .a_row = 1,
-                         .a_k = grad_raw.step,
-                         .b = static_cast<const T*>(a.x.data) + n * a.x.batch + pixel * a.x.step,
-                         .b_k = a.x.step,
-                         .c = out + m0 * p.in_channels,
-                         .c_row = p.in_channels,
-                         .rows = m1 - m0,
-                         .cols = p.in_channels,
-                         .depth = min_of(chunk, p.pixels() - pixel),
-                         .finish = Finish::accumulate});
+  // Images that follow each other without a gap are one.
+  const bool dense = a.x.batch == p.pixels() * a.x.step;
+  const int64_t images = dense ? 1 : p.batch, pixels = dense ? p.batch * p.pixels() : p.pixels();
+  for (int64_t c = 0; c < p.in_channels; c += kChannels)
+    for (int64_t n = 0; n < images; ++n)
+      for (int64_t pixel = 0; pixel < pixels; pixel += kPixels) {
+        const int64_t count = min_of(kPixels, pixels - pixel), channels = min_of(kChannels, p.in_channels - c);
+        const T* x = static_cast<const T*>(a.x.data) + n * a.x.batch + pixel * a.x.step + c;
+        fetch_rows(x, a.x.step, count, channels);
+        gemm(Gemm<A, T, A>{.a = static_cast<const A*>(grad_raw.data) + n * grad_raw.batch + pixel * grad_raw.step + m0,
+                           .a_row = 1,
+                           .a_k = grad_raw.step,
+                           .b = x,
+                           .b_k = a.x.step,
+                           .c = out + m0 * p.in_channels + c,
+                           .c_row = p.in_channels,
+                           .rows = m1 - m0,
+                           .cols = channels,
+                           .depth = count,
+                           .finish = Finish::accumulate});
+      }
 }
 
 // Rounds 1 and 2: all that lies between the output's gradient and the primary normalisation.
@@ -353,7 +373,10 @@ void backward_in(const Problem& p, const BackwardArgs& a, const Threads& threads
   const Scratch<A> raw_memory(p.batch * p.primary * p.pixels());
   const Output grad_raw{raw_memory.get(), p.primary * p.pixels(), Planar ? p.pixels() : p.primary};
   Norm<A> norm(a.primary, p.primary);
-  backward_units<T, Planar>(p, a, threads, norm, grad_raw);
+  if (planar_units<A>(p))
+    backward_units<T, true>(p, a, threads, norm, grad_raw);
+  else
+    backward_units<T, false>(p, a, threads, norm, grad_raw);
   {
     const Computed<T> weight(a.primary_weight, weights);
     Sweep(p, threads, product_rows<Planar>(p, p.primary * sizeof(A)), 1).run([&](const Work& w) {

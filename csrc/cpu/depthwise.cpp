@@ -26,8 +26,8 @@ void forward(int width, Strip<const A> in, Strip<A> out, const Vec<A>* taps) {
 template <class A, int K>
 constexpr int kTapRows = (kRegisters - 1) / (K + 1) > K ? K : (kRegisters - 1) / (K + 1);
 
-// The sums of one column of vectors for rows dy0, dy0 + 1, ... of the taps. Row q of `in`, which is read once, meets the
-// gradient's rows q + lead - dy.
+// The sums of one column of vectors for rows dy0, dy0 + 1, ... of the taps. Row q of `in`, which is read once, meets
+// the gradient's rows q + lead - dy.
 template <class A, int K, class In, class Gradient>
 FIF_INLINE void column_sums(int gradient_rows, int in_rows, int lead, int dy0, Vec<A>* sums, In load_in,
                             Gradient load_gradient) {
@@ -45,7 +45,8 @@ FIF_INLINE void column_sums(int gradient_rows, int in_rows, int lead, int dy0, V
       FIF_UNROLL for (int d = 0; d < D; ++d) acc[d][dx] += g[d] * v;
     }
   }
-  FIF_UNROLL for (int d = 0; d < D; ++d) if (dy0 + d < K) FIF_UNROLL for (int dx = 0; dx < K; ++dx) sums[(dy0 + d) * K + dx] += acc[d][dx];
+  FIF_UNROLL for (int d = 0; d < D; ++d) if (dy0 + d < K) FIF_UNROLL for (int dx = 0; dx < K; ++dx)
+      sums[(dy0 + d) * K + dx] += acc[d][dx];
 }
 
 template <class A, bool Planar, int K>
@@ -84,9 +85,8 @@ void weight_gradient(int width, Strip<const A> gradient, Strip<const A> in, Vec<
 
 template <class A, bool Planar>
 void depthwise(const Problem& p, Strip<const A> in, Strip<A> out, const Vec<A>* taps) {
-  with_kernel_size(p.kernel, [&](auto k) {
-    forward<A, Planar, decltype(k)::value>(static_cast<int>(p.width), in, out, taps);
-  });
+  with_kernel_size(p.kernel,
+                   [&](auto k) { forward<A, Planar, decltype(k)::value>(static_cast<int>(p.width), in, out, taps); });
 }
 
 template <class A, bool Planar>
@@ -96,8 +96,8 @@ void depthwise_weight_gradient(const Problem& p, Strip<const A> gradient, Strip<
   });
 }
 
-#define FIF_DEPTHWISE(A, Planar)                                                                   \
-  template void depthwise<A, Planar>(const Problem&, Strip<const A>, Strip<A>, const Vec<A>*);     \
+#define FIF_DEPTHWISE(A, Planar)                                                               \
+  template void depthwise<A, Planar>(const Problem&, Strip<const A>, Strip<A>, const Vec<A>*); \
   template void depthwise_weight_gradient<A, Planar>(const Problem&, Strip<const A>, Strip<const A>, Vec<A>*);
 FIF_DEPTHWISE(float, true)
 FIF_DEPTHWISE(float, false)

@@ -106,14 +106,6 @@ void finish_moments(const ChunkSums& sums, const Sweep& sweep, double eps, A* me
 
 // ---- the raw primary maps
 
-// Brings pixels of every channel of an NCHW map near: the product reads a little of many planes in turn, which the
-// processor does not foresee.
-template <class T>
-void prefetch_planes(const T* data, int64_t step, int64_t channels, int64_t pixels) {
-  for (int64_t c = 0; c < channels; ++c)
-    for (int64_t i = 0; i < pixels; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(data + c * step + i, 0, 2);
-}
-
 template <class T>
 class RawPlanar {
   using A = Compute<T>;
@@ -129,16 +121,16 @@ class RawPlanar {
         block(ceil_div(p.primary, ceil_div(p.primary, kTileRows))) {}
 
   void operator()(const Work& w) const {
-    const int64_t pixel = w.from * p.width, count = (w.to - w.from) * p.width;
-    const T* x = static_cast<const T*>(a.x.data) + w.n * a.x.batch + pixel;
-    prefetch_planes(x, a.x.step, p.in_channels, count);
+    const int64_t pixel = w.block.rows.from * p.width, count = w.block.rows.count() * p.width;
+    const T* x = static_cast<const T*>(a.x.data) + w.block.n * a.x.batch + pixel;
+    fetch_rows(x, a.x.step, p.in_channels, count);
     for (int64_t m = 0; m < p.primary; m += block) {
       Gemm<A, T, T> g{.a = weight.get() + m * p.in_channels,
                       .a_row = p.in_channels,
                       .a_k = 1,
                       .b = x,
                       .b_k = a.x.step,
-                      .c = static_cast<T*>(a.raw.data) + w.n * a.raw.batch + m * a.raw.step + pixel,
+                      .c = static_cast<T*>(a.raw.data) + w.block.n * a.raw.batch + m * a.raw.step + pixel,
                       .c_row = a.raw.step,
                       .rows = min_of(block, p.primary - m),
                       .cols = count,
@@ -166,19 +158,20 @@ class RawChannelsLast {
         size(rows * p.width * p.in_channels), wide(kWiden ? threads * size : 0) {}
 
   void operator()(const Work& w) const {
-    const int64_t pixel = w.from * p.width, count = (w.to - w.from) * p.width;
-    const T* x = static_cast<const T*>(a.x.data) + w.n * a.x.batch + pixel * a.x.step;
+    const int64_t pixel = w.block.rows.from * p.width, count = w.block.rows.count() * p.width;
+    const T* x = static_cast<const T*>(a.x.data) + w.block.n * a.x.batch + pixel * a.x.step;
     Gemm<A, A, T> g{.a = nullptr,
                     .a_row = a.x.step,
                     .a_k = 1,
                     .b = weight.get(),
                     .b_k = p.primary,
-                    .c = static_cast<T*>(a.raw.data) + w.n * a.raw.batch + pixel * a.raw.step,
+                    .c = static_cast<T*>(a.raw.data) + w.block.n * a.raw.batch + pixel * a.raw.step,
                     .c_row = a.raw.step,
                     .rows = count,
                     .cols = p.primary,
                     .depth = p.in_channels};
     bias.add_to(g, 0, Finish::by_column);
+    fetch_rows(x, a.x.step, count, p.in_channels);
     if constexpr (kWiden) {
       A* buffer = wide.get() + w.thread * size;
       widen_pixels(x, a.x.step, count, p.in_channels, buffer);
@@ -201,7 +194,7 @@ class UnitForward {
   const TrainArgs& a;
   const A* const cheap_weight;  // [K * K, cheap maps]
   const ScaleShift<A>& primary;
-  const int64_t y_size, z_size;
+  const int64_t y_size, z_size, size;
   const Scratch<A> memory;
   const Act act;
 
@@ -210,7 +203,7 @@ class UnitForward {
               const ScaleShift<A>& primary_norm, const Act& activation)
       : p(problem), a(args), cheap_weight(weight), primary(primary_norm),
         y_size(U::size((sweep.rows() + 2 * (p.kernel / 2)) * p.width)), z_size(U::size(sweep.rows() * p.width)),
-        memory(threads * (y_size + z_size)), act(activation) {}
+        size(y_size + z_size), memory(threads * size), act(activation) {}
 
   // Statistics of the cheap maps; writes the primary ones.
   void sum(const Work& w, const ChunkSums& sums) const {
@@ -218,7 +211,7 @@ class UnitForward {
     const Strip<A> y = primary_maps(w, unit, p.splice);
     for (int64_t s = 0; s < p.multiplier; ++s) {
       const A* z = cheap_maps(w, unit, y, s);
-      const int64_t pixels = (w.to - w.from) * p.width;
+      const int64_t pixels = w.block.rows.count() * p.width;
       add_moments(sums, unit, w.chunk, w.seen, pixels,
                   moments<A, Planar>(pixels, [&](int64_t i, Mask) { return load(z + i * U::kLane); }), p.multiplier, s);
     }
@@ -229,47 +222,41 @@ class UnitForward {
     const U unit(p, w.unit);
     const Strip<A> y = primary_maps(w, unit, emit_primary);
     for (int64_t s = 0; s < p.multiplier; ++s) {
-      const int64_t first = p.kept_primary() + unit.channel * p.multiplier + s;
-      const Plane<T, Planar> out(unit, a.out, w.n, w.from * p.width, first, p.multiplier, p.out_channels);
+      const Plane<T, Planar> out(p, unit, a.out, w.block, p.kept_primary() + unit.channel * p.multiplier + s,
+                                 p.multiplier, p.out_channels);
       if (!out) return;
-      const A* z = cheap_maps(w, unit, y, s);
+      A* z = cheap_maps(w, unit, y, s);
       const Vec<A> scale = unit.parameter(cheap.scale(), p.multiplier, s);
       const Vec<A> shift = unit.parameter(cheap.shift(), p.multiplier, s);
-      each_vector<A, Planar>((w.to - w.from) * p.width, [&](int64_t i, Mask m) {
-        out.store(i, act.value(load(z + i * U::kLane) * scale + shift), m);
-      });
+      out.write(z, [&](int64_t i, Mask) { return act.value(load(z + i * U::kLane) * scale + shift); });
     }
   }
 
  private:
-  A* scratch(const Work& w) const { return memory.get() + w.thread * (y_size + z_size); }
+  A* scratch(const Work& w) const { return memory.get() + w.thread * size; }
 
   // Activated, with as many rows around as the cheap part reads.
   Strip<A> primary_maps(const Work& w, const U& unit, bool emit) const {
-    const Strip<A> y{scratch(w), Rows{w.from, w.to}.widened(p.kernel / 2, p)};
+    const Strip<A> y{scratch(w), w.block.rows.widened(p.kernel / 2, p)};
     const Vec<A> scale = unit.parameter(primary.scale()), shift = unit.parameter(primary.shift());
-    auto rows = [&](int64_t from, int64_t to, bool write) {
-      const int64_t pixel = from * p.width;
-      const Plane<const T, Planar> raw(unit, a.raw, w.n, pixel, unit.channel, 1, p.primary);
-      const Plane<T, Planar> out(unit, a.out, w.n, pixel, unit.channel, 1, write ? p.primary : 0);
-      A* to_scratch = y.data + (from - y.rows.from) * p.width * (Planar ? 1 : U::kLane);
-      each_vector<A, Planar>((to - from) * p.width, [&](int64_t i, Mask m) {
-        const Vec<A> v = act.value(raw.load(i, m) * scale + shift);
-        store(to_scratch + i * U::kLane, v);
-        if (write) out.store(i, v, m);
-      });
-    };
-    // In order, since a row's last vector may reach into the next.
-    if (y.rows.from < w.from) rows(y.rows.from, w.from, false);
-    rows(w.from, w.to, emit);
-    if (w.to < y.rows.to) rows(w.to, y.rows.to, false);
+    const auto raw =
+        Plane<const T, Planar>(p, unit, a.raw, {w.block.n, y.rows}, unit.channel, 1, p.primary).read(y.data);
+    each_vector<A, Planar>(y.rows.count() * p.width, [&](int64_t i, Mask m) {
+      store(y.data + i * U::kLane, act.value(raw.load(i, m) * scale + shift));
+    });
+    if (!emit) return y;
+    A* own = y.data + (w.block.rows.from - y.rows.from) * p.width * U::kPixel;
+    Plane<T, Planar>(p, unit, a.out, w.block, unit.channel, 1, p.primary).write(own, [&](int64_t i, Mask) {
+      return load(own + i * U::kLane);
+    });
     return y;
   }
 
-  const A* cheap_maps(const Work& w, const U& unit, const Strip<A>& y, int64_t s) const {
+  // Before normalisation.
+  A* cheap_maps(const Work& w, const U& unit, const Strip<A>& y, int64_t s) const {
     Vec<A> taps[kMostTaps];
     load_taps(p, unit, cheap_weight, s, false, taps);
-    const Strip<A> z{scratch(w) + y_size, {w.from, w.to}};
+    const Strip<A> z{scratch(w) + y_size, w.block.rows};
     depthwise<A, Planar>(p, {y.data, y.rows}, z, taps);
     return z.data;
   }
@@ -292,53 +279,78 @@ Affine statistics(const Affine& given, bool batch, const ChunkSums& sums, const 
 }
 
 template <class T, bool Planar>
-void train_in(const Problem& p, const TrainArgs& a, const Threads& threads) {
+void sum_raw(const Problem& p, const TrainArgs& a, const Work& w, const ChunkSums& sums, Compute<T>* stage) {
   using A = Compute<T>;
   using U = Unit<A, Planar>;
-  const Sweep blocks(p, threads, product_rows<Planar>(p, p.in_channels * sizeof(T)), 1);
-  const ChunkSums primary_sums(a.primary_batch ? blocks.chunks : 0, 2, p.primary);
-  {
-    const std::conditional_t<Planar, RawPlanar<T>, RawChannelsLast<T>> product(p, a, blocks.rows(), threads.count);
-    blocks.run([&](const Work& w) {
-      product(w);
-      if (!a.primary_batch) return;
-      const int64_t pixels = (w.to - w.from) * p.width;
-      for (int64_t u = 0; u < U::number(p); ++u) {
-        const U unit(p, u);
-        const Plane<const T, Planar> raw(unit, a.raw, w.n, w.from * p.width, unit.channel, 1, p.primary);
-        add_moments(primary_sums, unit, w.chunk, w.seen, pixels,
-                    moments<A, Planar>(pixels, [&](int64_t i, Mask m) { return raw.load(i, m); }), 1, 0);
-      }
-    });
+  const int64_t pixels = w.block.rows.count() * p.width;
+  for (int64_t u = 0; u < U::number(p); ++u) {
+    const U unit(p, u);
+    const auto raw = Plane<const T, Planar>(p, unit, a.raw, w.block, unit.channel, 1, p.primary).read(stage);
+    add_moments(sums, unit, w.chunk, w.seen, pixels,
+                moments<A, Planar>(pixels, [&](int64_t i, Mask m) { return raw.load(i, m); }), 1, 0);
   }
-  const ScaleShift<A> primary(statistics<A>(a.primary, a.primary_batch, primary_sums, blocks, a.primary_eps,
-                                            a.primary_stats, a.primary_variance, p.primary),
-                              p.primary);
+}
 
-  const Transposed<T> cheap_weight(a.cheap_weight, p.cheap(), int64_t(p.kernel) * p.kernel);
-  const Sweep units(p, threads, unit_rows<A, Planar>(p), U::number(p));
-  const ChunkSums cheap_sums(a.cheap_batch ? units.chunks : 0, 2, p.cheap());
-  with_activation<A>(p.activation, [&](const auto& act) {
-    const UnitForward<T, Planar, std::decay_t<decltype(act)>> unit(p, a, units, threads.count, cheap_weight.get(),
-                                                                   primary, act);
-    if (a.cheap_batch) units.run([&](const Work& w) { unit.sum(w, cheap_sums); });
-    const ScaleShift<A> cheap(statistics<A>(a.cheap, a.cheap_batch, cheap_sums, units, a.cheap_eps, a.cheap_stats,
-                                            a.cheap_variance, p.cheap()),
-                              p.cheap());
-    units.run([&](const Work& w) { unit.finish(w, cheap, p.splice && !a.cheap_batch); });
+// Round 1, by the layout of the maps.
+template <class T, bool Planar>
+void raw_maps(const Problem& p, const TrainArgs& a, const Sweep& sweep, int threads, const ChunkSums& sums) {
+  using A = Compute<T>;
+  const bool planar = planar_units<A>(p);
+  const int64_t size = Planar && !planar ? Unit<A, false>::size(sweep.rows() * p.width) : 0;
+  const Scratch<A> stages(threads * size);
+  const std::conditional_t<Planar, RawPlanar<T>, RawChannelsLast<T>> product(p, a, sweep.rows(), threads);
+  sweep.run([&](const Work& w) {
+    product(w);
+    if (!a.primary_batch) return;
+    if (Planar && planar)
+      sum_raw<T, Planar>(p, a, w, sums, nullptr);
+    else
+      sum_raw<T, false>(p, a, w, sums, stages.get() + w.thread * size);
   });
+}
+
+// Rounds 2 and 3, by what the lanes of a unit are.
+template <class T, bool Planar>
+void normalise_units(const Problem& p, const TrainArgs& a, const Threads& threads,
+                     const ScaleShift<Compute<T>>& primary) {
+  using A = Compute<T>;
+  const Transposed<T> cheap_weight(a.cheap_weight, p.cheap(), int64_t(p.kernel) * p.kernel);
+  const Sweep sweep(p, threads, unit_rows<A, Planar>(p), Unit<A, Planar>::number(p));
+  const ChunkSums sums(a.cheap_batch ? sweep.chunks : 0, 2, p.cheap());
+  with_activation<A>(p.activation, [&](const auto& act) {
+    const UnitForward<T, Planar, std::decay_t<decltype(act)>> unit(p, a, sweep, threads.count, cheap_weight.get(),
+                                                                   primary, act);
+    if (a.cheap_batch) sweep.run([&](const Work& w) { unit.sum(w, sums); });
+    const ScaleShift<A> cheap(
+        statistics<A>(a.cheap, a.cheap_batch, sums, sweep, a.cheap_eps, a.cheap_stats, a.cheap_variance, p.cheap()),
+        p.cheap());
+    sweep.run([&](const Work& w) { unit.finish(w, cheap, p.splice && !a.cheap_batch); });
+  });
+}
+
+template <class T>
+void train_in(const Problem& p, const TrainArgs& a, const Threads& threads) {
+  using A = Compute<T>;
+  const int64_t bytes = p.in_channels * sizeof(T);
+  const Sweep sweep(p, threads, p.channels_last ? product_rows<false>(p, bytes) : product_rows<true>(p, bytes), 1);
+  const ChunkSums sums(a.primary_batch ? sweep.chunks : 0, 2, p.primary);
+  if (p.channels_last)
+    raw_maps<T, false>(p, a, sweep, threads.count, sums);
+  else
+    raw_maps<T, true>(p, a, sweep, threads.count, sums);
+  const ScaleShift<A> primary(statistics<A>(a.primary, a.primary_batch, sums, sweep, a.primary_eps, a.primary_stats,
+                                            a.primary_variance, p.primary),
+                              p.primary);
+  if (planar_units<A>(p))
+    normalise_units<T, true>(p, a, threads, primary);
+  else
+    normalise_units<T, false>(p, a, threads, primary);
 }
 
 }  // namespace
 
 void train(const Problem& p, const TrainArgs& a, const Threads& threads) {
-  with_format(p.dtype, [&](auto format) {
-    using T = typename decltype(format)::type;
-    if (p.channels_last)
-      train_in<T, false>(p, a, threads);
-    else
-      train_in<T, true>(p, a, threads);
-  });
+  with_format(p.dtype, [&](auto format) { train_in<typename decltype(format)::type>(p, a, threads); });
 }
 
 }  // namespace fif::FIF_ISA

@@ -1,9 +1,10 @@
 // What the two training passes share: units, the order in which they are visited, and sums over the batch.
 //
-// Batch normalisation and the depthwise part both stay inside a channel. A unit is one channel (NCHW: lanes are pixels)
-// or one vector of channels (NHWC: lanes are channels); work is done on a block of its rows in one image at a time, in
-// scratch of the compute type that stays in the nearest caches, where both layouts look alike: an array of whole
-// vectors. Units of one block follow each other, so that in NHWC they find its lines in cache.
+// Batch normalisation and the depthwise part both stay inside a channel. A unit is one channel (planar: lanes are
+// pixels), for NCHW, or one vector of channels, for NHWC and for small maps in NCHW, which are transposed on the way.
+// Work is done on a block of its rows in one image at a time, in scratch of the compute type that stays in the nearest
+// caches, where both look alike: an array of whole vectors. Units of one block follow each other, so that in NHWC they
+// find its lines in cache.
 //
 // Sums over the batch have a fixed order for any number of threads: the blocks of all images are cut into chunks,
 // whose number depends on the problem alone; a chunk is summed by one thread, then the chunks are, in order.
@@ -18,10 +19,11 @@ namespace fif::FIF_ISA {
 template <class A, bool Planar>
 struct Unit {
   static constexpr int kLane = kLanes<A>;
+  static constexpr int kPixel = Planar ? 1 : kLane;  // scratch elements from one pixel to the next
 
   int64_t channel;  // the (first) primary channel
   int count;        // of its channels
-  Mask lanes;       // NHWC: the channels that exist
+  Mask lanes;       // where they are lanes: those that exist
 
   Unit(const Problem& p, int64_t index) {
     channel = Planar ? index : index * kLane;
@@ -58,47 +60,122 @@ FIF_INLINE void each_vector(int64_t pixels, F f) {
   }
 }
 
-// A unit's pixels in an activation tensor, from `pixel` of `image` on; channels are `stride` apart. Those at or after
-// `limit` do not exist: they load as zero and are not stored.
+// Rows [from, to) of the map.
+struct Rows {
+  int64_t from, to;
+  int64_t count() const { return to - from; }
+  Rows widened(int64_t halo, const Problem& p) const {
+    return {max_of<int64_t>(from - halo, 0), min_of(to + halo, p.height)};
+  }
+};
+// Those of image n.
+struct Block {
+  int64_t n;
+  Rows rows;
+};
+
+// Vectors of channels from NCHW: out[i] holds pixel i of `channels` planes `step` apart, zeros in the other lanes.
+template <class T>
+void gather_pixels(const T* in, int64_t step, int channels, int64_t pixels, Compute<T>* out) {
+  using A = Compute<T>;
+  constexpr int L = kLanes<A>;
+  for (int64_t i = 0; i < pixels; i += L) {
+    const int64_t width = min_of<int64_t>(L, pixels - i);
+    const Mask across = first_lanes(width);
+    Vec<A> square[L];
+    FIF_UNROLL for (int k = 0; k < L; ++k) square[k] = k < channels ? load(in + k * step + i, across) : Vec<A>{};
+    transpose_square<A>(square);
+    FIF_UNROLL for (int k = 0; k < L; ++k) if (k < width) store(out + (i + k) * L, square[k]);
+  }
+}
+template <class T>
+void scatter_pixels(const Compute<T>* in, T* out, int64_t step, int channels, int64_t pixels) {
+  using A = Compute<T>;
+  constexpr int L = kLanes<A>;
+  for (int64_t i = 0; i < pixels; i += L) {
+    const int64_t width = min_of<int64_t>(L, pixels - i);
+    const Mask across = first_lanes(width);
+    Vec<A> square[L];
+    FIF_UNROLL for (int k = 0; k < L; ++k) square[k] = k < width ? load(in + (i + k) * L) : Vec<A>{};
+    transpose_square<A>(square);
+    FIF_UNROLL for (int k = 0; k < L; ++k) if (k < channels) store(out + k * step + i, square[k], across);
+  }
+}
+
+// A unit's pixels in an activation tensor; channels are `stride` apart, and those at or after `limit` do not exist:
+// they load as zero and are not stored. Where a unit is a vector of channels and the tensor NCHW, the pixels pass
+// through scratch: read() brings all of them there.
 template <class T, bool Planar>
-struct Plane {
+class Plane {
   using A = Compute<T>;
   static constexpr int kLane = kLanes<A>;
-  T* data = nullptr;
-  int64_t step, stride;
-  Mask lanes;
 
+ public:
   template <class Pointer>
-  Plane(const Unit<A, Planar>& unit, const Map<Pointer>& map, int64_t image, int64_t pixel, int64_t channel,
-        int64_t stride_, int64_t limit)
-      : step(Planar ? kLane : map.step), stride(stride_), lanes(0) {
+  Plane(const Problem& p, const Unit<A, Planar>& unit, const Map<Pointer>& map, const Block& b, int64_t channel,
+        int64_t stride, int64_t limit)
+      : step_(Planar ? kLane : map.step), stride_(stride), pixels_(b.rows.count() * p.width),
+        staged_(!Planar && !p.channels_last) {
     if (channel >= limit) return;
-    data = (T*)map.data + image * map.batch + (Planar ? channel * map.step + pixel : channel + pixel * map.step);
-    if (!Planar) lanes = unit.lanes & first_lanes(ceil_div(limit - channel, stride));
+    const int64_t pixel = b.rows.from * p.width;
+    data_ =
+        (T*)map.data + b.n * map.batch + (p.channels_last ? channel + pixel * map.step : channel * map.step + pixel);
+    channels_ = static_cast<int>(min_of<int64_t>(unit.count, ceil_div(limit - channel, stride)));
+    lanes_ = first_lanes(channels_);
+    if (staged_) step_ *= stride;
   }
-  explicit operator bool() const { return data != nullptr; }
+  // Ready to load, through `stage` where need be.
+  Plane read(A* stage) const {
+    Plane ready = *this;
+    ready.stage_ = stage;
+    if (staged_ && data_) gather_pixels(data_, step_, channels_, pixels_, stage);
+    return ready;
+  }
+  explicit operator bool() const { return data_ != nullptr; }
 
   FIF_INLINE Vec<A> load(int64_t i, Mask m) const {
-    const T* at = data + i * step;
     if constexpr (!Planar) {
-      if (stride != 1) return load_strided(at, stride, lanes);
-      __builtin_prefetch(at + kLane);  // the next unit's, far from this one's next pixel
-      m = lanes;
+      if (staged_) return FIF_ISA::load(stage_ + i * kLane);
+      if (stride_ != 1) return load_strided(data_ + i * step_, stride_, lanes_);
+      __builtin_prefetch(data_ + i * step_ + kLane);  // the next unit's, far from this one's next pixel
+      m = lanes_;
     }
+    const T* at = data_ + i * step_;
     return !kFreeMasks && is_full<A>(m) ? FIF_ISA::load(at) : FIF_ISA::load(at, m);
   }
-  FIF_INLINE void store(int64_t i, Vec<A> v, Mask m) const {
-    T* at = data + i * step;
+  // Writes value(vector, lanes) to every pixel; where they must pass through scratch, through `stage`, from which value
+  // may read the same vector.
+  template <class Value>
+  FIF_INLINE void write(A* stage, Value value) const {
+    each_vector<A, Planar>(pixels_, [&](int64_t i, Mask m) {
+      const Vec<A> v = value(i, m);
+      if (staged_)
+        FIF_ISA::store(stage + i * kLane, v);
+      else
+        store(data_ + i * step_, v, m);
+    });
+    if (staged_) scatter_pixels(stage, data_, step_, channels_, pixels_);
+  }
+
+ private:
+  FIF_INLINE void store(T* at, Vec<A> v, Mask m) const {
     if constexpr (!Planar) {
-      if (stride != 1) return store_strided(at, stride, v, lanes);
+      if (stride_ != 1) return store_strided(at, stride_, v, lanes_);
       __builtin_prefetch(at + kLane, 1);
-      m = lanes;
+      m = lanes_;
     }
     if (!kFreeMasks && is_full<A>(m))
       FIF_ISA::store(at, v);
     else
       FIF_ISA::store(at, v, m);
   }
+
+  T* data_ = nullptr;
+  int64_t step_, stride_, pixels_;
+  const A* stage_ = nullptr;
+  bool staged_ = false;
+  Mask lanes_ = 0;
+  int channels_ = 0;
 };
 
 // Two sums that run together, in two levels: what a long sum loses to rounding grows with the number of its terms, so
@@ -124,9 +201,10 @@ class PairSum {
   int count_ = 0;
 };
 
-// A unit's rows [from, to) in image n, of which its chunk has `seen` so many pixels before.
+// A unit's block, of which its chunk has `seen` so many pixels before.
 struct Work {
-  int64_t chunk, n, from, to, seen, unit;
+  Block block;
+  int64_t chunk, seen, unit;
   int thread;
 };
 
@@ -144,7 +222,8 @@ class Sweep {
   int64_t rows() const { return ceil_div(p_.height, blocks_); }
   int64_t pixels(int64_t chunk) const {
     int64_t sum = 0;
-    for (int64_t item = first(chunk); item < first(chunk + 1); ++item) sum += (row(item + 1, true) - row(item)) * p_.width;
+    for (int64_t item = first(chunk); item < first(chunk + 1); ++item)
+      sum += (row(item + 1, true) - row(item)) * p_.width;
     return sum;
   }
   template <class F>
@@ -156,7 +235,7 @@ class Sweep {
         for (int64_t item = first(chunk); item < first(chunk + 1); ++item) {
           const int64_t from = row(item), to = row(item + 1, true);
           for (int64_t u = group * units_ / groups_; u < (group + 1) * units_ / groups_; ++u)
-            f(Work{chunk, item / blocks_, from, to, seen, u, thread});
+            f(Work{{item / blocks_, {from, to}}, chunk, seen, u, thread});
           seen += (to - from) * p_.width;
         }
       }
@@ -186,19 +265,29 @@ int64_t unit_rows(const Problem& p) {
   return min_of(p.height, max_of<int64_t>(rows - (rows > 7 ? rows % 7 : 0), 1));
 }
 
+// Whether units are channels, and lanes pixels. A small map would fill few lanes, and have few vectors for what every
+// unit costs.
+template <class A>
+bool planar_units(const Problem& p) {
+  return !p.channels_last && (p.pixels() > 16 * kLanes<A> || p.primary < kLanes<A> / 2);
+}
+
 // Rows of a product's block, so that what it reads (NHWC: and writes) stays in the second-level cache.
 template <bool Planar>
 int64_t product_rows(const Problem& p, int64_t bytes_per_pixel) {
   return Planar ? tile_rows(p, bytes_per_pixel) : min_of(p.height, ceil_div(16 * kTileRows, p.width));
 }
 
-// Rows [from, to) widened by a halo, inside the map.
-struct Rows {
-  int64_t from, to;
-  Rows widened(int64_t halo, const Problem& p) const {
-    return {max_of<int64_t>(from - halo, 0), min_of(to + halo, p.height)};
-  }
-};
+// Brings rows of numbers that lie `step` apart into cache, for a product that reads a little of each in turn, which the
+// processor does not foresee. Prefetching a row ahead while one reads hides the way to memory better than either alone.
+template <class T>
+void fetch_rows(const T* data, int64_t step, int64_t rows, int64_t length) {
+  for (int64_t r = 0; r < rows; ++r, data += step)
+    for (int64_t i = 0; i < length; i += 64 / int64_t(sizeof(T))) {
+      __builtin_prefetch(data + step + i);
+      (void)*reinterpret_cast<const volatile char*>(data + i);
+    }
+}
 
 // Sums for every chunk, in f64: some kinds, each with a number for every channel. A chunk's first block sets them.
 class ChunkSums {
@@ -226,7 +315,7 @@ class ChunkSums {
 };
 
 // ---- the cheap part on scratch, compiled once for every format (depthwise.cpp)
-// taps and sums hold K * K vectors: splats for NCHW, one lane a channel for NHWC.
+// taps and sums hold K * K vectors: splats for planar units, else one lane a channel.
 
 // Rows of a plane in scratch, of which the first is the map's row `from`; beyond the map's own edges are zeros.
 template <class A>
