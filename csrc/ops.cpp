@@ -36,6 +36,8 @@ Threads threads() {
 // x itself where it is dense: to ask costs a tenth of what calling the operator does.
 Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
+OptionalTensor dense(const OptionalTensor& x) { return x ? OptionalTensor(dense(*x)) : std::nullopt; }
+
 // Tensors of one value a channel as dense arrays of the compute type; keeps what it converted alive.
 class Parameters {
  public:
@@ -113,7 +115,7 @@ Affine affine(Parameters& parameters, const NormArgs& n, int64_t channels, bool 
 }
 
 Problem cpu_problem(Problem p) {
-  STD_TORCH_CHECK(p.has_primary && p.stride == 1 && p.groups == 1,
+  STD_TORCH_CHECK(p.stride == 1 && p.groups == 1,
                   "the primary convolution must have stride 1 and one group on the CPU");
   return p;
 }
@@ -128,11 +130,12 @@ Tensor infer(const Tensor& x, const OptionalTensor& primary_weight, const Tensor
       cpu_problem(problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice, stride, groups, tf32));
   Parameters parameters(compute_type(x));
   const Tensor input_map = regular(x, p.channels_last);
-  const Tensor w1 = dense(*primary_weight), w2 = dense(cheap_weight);
+  const OptionalTensor w1 = dense(primary_weight);
+  const Tensor w2 = dense(cheap_weight);
   const Tensor out = new_map(x, p, out_channels);
   const InferArgs args{
       input(input_map, p.channels_last),
-      w1.const_data_ptr(),
+      w1 ? w1->const_data_ptr() : nullptr,
       w2.const_data_ptr(),
       affine(parameters, {primary_bias, weight1, bias1, mean1, var1, eps1}, p.primary, false, "primary"),
       affine(parameters, {cheap_bias, weight2, bias2, mean2, var2, eps2}, p.cheap(), false, "cheap"),
@@ -164,7 +167,14 @@ void update_running(const OptionalTensor& running, const Tensor& batch, const Op
   torch::stable::copy_(target, fresh);  // and not in place, so that autograd notices the change
 }
 
-// Returns the output, the primary maps before normalisation, and [mean, rstd] of both normalisations.
+// Where another convolution made the raw maps, nothing is written to them.
+Output read_only(const Tensor& x, bool channels_last) {
+  const Input map = input(x, channels_last);
+  return {const_cast<void*>(map.data), map.batch, map.step};
+}
+
+// Returns the output, the primary maps before normalisation (empty if those are x), and [mean, rstd] of both
+// normalisations.
 std::tuple<Tensor, Tensor, Tensor, Tensor> train(
     const Tensor& x, const OptionalTensor& primary_weight, const Tensor& cheap_weight,
     const OptionalTensor& primary_bias, const OptionalTensor& cheap_bias, const OptionalTensor& weight1,
@@ -177,13 +187,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train(
   const ScalarType type = compute_type(x);
   Parameters parameters(type);
   const Tensor input_map = regular(x, p.channels_last);
-  const Tensor w1 = dense(*primary_weight), w2 = dense(cheap_weight);
-  const Tensor out = new_map(x, p, out_channels), raw = new_map(x, p, p.primary);
+  const OptionalTensor w1 = dense(primary_weight);
+  const Tensor w2 = dense(cheap_weight);
+  const Tensor out = new_map(x, p, out_channels),
+               raw = p.has_primary ? new_map(x, p, p.primary) : new_tensor(x, {0}, x.scalar_type());
   const Tensor stats1 = new_tensor(x, {2, p.primary}, type), stats2 = new_tensor(x, {2, p.cheap()}, type);
   const Tensor fresh1 = new_tensor(x, {p.primary}, type), fresh2 = new_tensor(x, {p.cheap()}, type);
   const TrainArgs args{
       .x = input(input_map, p.channels_last),
-      .primary_weight = w1.const_data_ptr(),
+      .primary_weight = w1 ? w1->const_data_ptr() : nullptr,
       .cheap_weight = w2.const_data_ptr(),
       .primary_bias = parameters.get(primary_bias, p.primary, "primary_bias", ""),
       .primary = affine(parameters, {std::nullopt, weight1, bias1, mean1, var1, eps1}, p.primary, batch1, "primary"),
@@ -193,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train(
       .primary_eps = eps1,
       .cheap_eps = eps2,
       .out = output(out, p.channels_last),
-      .raw = output(raw, p.channels_last),
+      .raw = p.has_primary ? output(raw, p.channels_last) : read_only(input_map, p.channels_last),
       .primary_stats = stats1.mutable_data_ptr(),
       .cheap_stats = stats2.mutable_data_ptr(),
       .primary_variance = fresh1.mutable_data_ptr(),
@@ -226,6 +238,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Problem p = cpu_problem(problem_of(x, primary_weight, cheap_weight, grad.dim() == 4 ? grad.size(1) : 0,
                                            activation, splice, stride, groups, tf32));
   const ScalarType type = compute_type(x);
+  const bool need_weight = need_primary_weight && p.has_primary;
   check_map(grad, x, p, p.out_channels, "grad");
   check_map(raw, x, p, p.primary, "raw");
   auto statistics = [&](const Tensor& t, int64_t channels, const char* name) {
@@ -238,11 +251,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Parameters parameters(type);
   const bool last = p.channels_last;
   const Tensor input_map = regular(x, last), dense_grad = regular(grad, last), dense_raw = regular(raw, last);
-  const Tensor w1 = dense(*primary_weight), w2 = dense(cheap_weight);
+  const OptionalTensor w1 = dense(primary_weight);
+  const Tensor w2 = dense(cheap_weight);
   const ScalarType dtype = x.scalar_type();
   Tensor grad_x = need_x ? new_input(x, p) : new_tensor(x, {0}, dtype);
   Tensor grad_w1 = new_tensor(
-      x, need_primary_weight ? std::vector<int64_t>{p.primary, p.in_channels, 1, 1} : std::vector<int64_t>{0}, dtype);
+      x, need_weight ? std::vector<int64_t>{p.primary, p.in_channels, 1, 1} : std::vector<int64_t>{0}, dtype);
   Tensor grad_w2 = new_tensor(x, {p.cheap(), 1, p.kernel, p.kernel}, dtype);
   Tensor grad_norm1 = new_tensor(x, {2, p.primary}, type), grad_norm2 = new_tensor(x, {2, p.cheap()}, type);
   if (p.batch == 0) {
@@ -252,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const BackwardArgs args{.grad = input(dense_grad, last),
                           .x = input(input_map, last),
                           .raw = input(dense_raw, last),
-                          .primary_weight = w1.const_data_ptr(),
+                          .primary_weight = w1 ? w1->const_data_ptr() : nullptr,
                           .cheap_weight = w2.const_data_ptr(),
                           .primary = {mean1, rstd1, parameters.get(weight1, p.primary, "weight1", ""),
                                       parameters.get(bias1, p.primary, "bias1", "")},
@@ -261,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                           .primary_batch = batch1,
                           .cheap_batch = batch2,
                           .grad_x = need_x ? output(grad_x, last) : Output{},
-                          .grad_primary_weight = need_primary_weight ? grad_w1.mutable_data_ptr() : nullptr,
+                          .grad_primary_weight = need_weight ? grad_w1.mutable_data_ptr() : nullptr,
                           .grad_cheap_weight = grad_w2.mutable_data_ptr(),
                           .grad_primary_affine = grad_norm1.mutable_data_ptr(),
                           .grad_cheap_affine = grad_norm2.mutable_data_ptr()};

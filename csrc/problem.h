@@ -66,7 +66,7 @@ struct Threads {
 
 struct InferArgs {
   Input x;
-  const void* primary_weight;  // [M, C]
+  const void* primary_weight;  // [M, C]; null without a product, here and below
   const void* cheap_weight;    // [M*S, K, K]
   Affine primary, cheap;
   Output out;

@@ -51,6 +51,34 @@ def check_both(chosen, dtype=torch.float32):
     check_problem(chosen, dtype, training=True)
 
 
+# ---- primary convolutions that torch does, before the kernels
+
+
+@every_dtype
+@both_layouts
+@both_modes
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3},
+        {"stride": 2},
+        {"kernel_size": 5, "stride": 2, "ratio": 3},
+        {"groups": 2, "splice": False, "ratio": 1},
+        {"kernel_size": 3, "groups": 6, "bias": True, "norm": None},
+        {"kernel_size": 3, "out_channels": 71, "cheap_kernel_size": 5, "bias": True},
+    ],
+    ids=lambda options: "-".join(f"{name}={value}" for name, value in options.items()),
+)
+def test_other_primary_convolutions(options, training, layout, dtype):
+    torch.manual_seed(3)
+    for height, width in ((9, 7), (5, 33)):
+        unit = FeatureAugment(6, **{"out_channels": 24, "activation": "silu", **options})
+        unit = randomise(unit).to(dtype).train(training)
+        x = place(torch.randn(4, 6, height, width).to(dtype), layout)
+        grad = torch.randn(unit(x).shape).to(dtype) if training else None
+        check(unit, x, grad)
+
+
 # ---- random problems
 
 

@@ -88,18 +88,6 @@ FIF_INLINE Vec<A> activate(Vec<A> v, Activation a, const Clamp<A>& clamp) {
   return v;
 }
 
-// Calls f(activate) with a function of one vector, which is a clamp alone wherever that will do.
-template <class A, class F>
-FIF_INLINE void with_activation(Activation a, F f) {
-  if (is_clamp(a))
-    f(Clamp<A>(a));
-  else
-    f([a](Vec<A> v) {
-      activate_smooth<A>(&v, 1, a);
-      return v;
-    });
-}
-
 template <class A>
 __attribute__((noinline)) static Vec<A> smooth_slope(Vec<A> u, Activation a) {
   if (a == Activation::hardswish) {
@@ -122,6 +110,34 @@ FIF_INLINE Vec<A> activation_gradient(Vec<A> g, Vec<A> u, Activation a) {
     case Activation::relu6: return u <= A(0) ? Vec<A>{} : (u >= A(6) ? Vec<A>{} : g);
     default: return g * smooth_slope<A>(u, a);
   }
+}
+
+// An activation and its gradient as loops over whole maps want them: no branch inside.
+template <class A>
+struct ClampActivation {
+  Clamp<A> clamp;
+  Vec<A> low, high;  // kinks, NaN where there is none
+  explicit ClampActivation(Activation a)
+      : clamp(a), low(splat<A>(a == Activation::none ? A(NAN) : A(0))),
+        high(splat<A>(a == Activation::relu6 ? A(6) : A(NAN))) {}
+  FIF_INLINE Vec<A> value(Vec<A> v) const { return clamp(v); }
+  FIF_INLINE Vec<A> gradient(Vec<A> g, Vec<A> u) const { return u <= low ? Vec<A>{} : (u >= high ? Vec<A>{} : g); }
+};
+template <class A>
+struct SmoothActivation {
+  Activation a;
+  FIF_INLINE Vec<A> value(Vec<A> v) const {
+    activate_smooth<A>(&v, 1, a);
+    return v;
+  }
+  FIF_INLINE Vec<A> gradient(Vec<A> g, Vec<A> u) const { return g * smooth_slope<A>(u, a); }
+};
+template <class A, class F>
+FIF_INLINE void with_activation(Activation a, F f) {
+  if (is_clamp(a))
+    f(ClampActivation<A>(a));
+  else
+    f(SmoothActivation<A>{a});
 }
 
 }  // namespace fif::FIF_ISA

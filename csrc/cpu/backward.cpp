@@ -1,172 +1,201 @@
-// Backward. Unit by unit, as in the forward pass: recompute the primary and cheap maps from the raw primary ones, take
-// the gradient through activation, normalisation and depthwise part, and leave the gradient of the raw maps; then two
-// products, for the input and for the primary weight.
+// Backward, in three rounds over blocks of one image that stay in cache, with the maps recomputed from the raw primary
+// ones:
+//   1. the sums that the gradient through the cheap normalisation needs
+//   2. that gradient, on through the depthwise part and the primary activation; its sums
+//   3. through the primary normalisation, and the product that is the input's gradient
+// then the product that is the primary weight's gradient.
 //
-// Memory traffic per pixel: the output's gradient (M + N) and raw read, and read again where a unit is too large for
-// the cache; the raw maps' gradient (M, compute type) written twice and read three times; C read, C written. Sums have
-// a fixed order whatever the number of threads: a unit, and a row of the weight's gradient, belongs to one task.
-#include "pass.h"
+// Memory traffic per pixel: the cheap maps' gradient and raw read twice, the primary maps' gradient once; the raw maps'
+// gradient (M, compute type) written twice and read twice; C read, C written. Sums have a fixed order whatever the
+// number of threads, see unit.h; a row of the weight's gradient belongs to one task.
+#include "unit.h"
 
 namespace fif::FIF_ISA {
 namespace {
 
+// One normalisation, and the gradient through it: scale * (g - alpha - beta * (value - mean)).
 template <class A>
-struct Norm {
-  Vec<A> mean, rstd, scale, shift;
-
-  template <bool Planar>
-  Norm(const Unit<A, Planar>& unit, const Affine& affine, int64_t stride, int64_t offset) {
-    auto get = [&](const void* values, A otherwise) {
-      return values ? unit.parameter(static_cast<const A*>(values), stride, offset) : splat<A>(otherwise);
-    };
-    mean = get(affine.mean, 0);
-    rstd = get(affine.rstd, 1);
-    scale = rstd * get(affine.weight, 1);
-    shift = get(affine.bias, 0) - mean * scale;
-  }
-};
-
-template <class T, bool Planar>
-class UnitBackward {
-  using A = Compute<T>;
-  const Problem& p;
-  const BackwardArgs& a;
-  const Unit<A, Planar> unit;
-  const int64_t size;
-  const bool keep;  // planes of the whole batch, or of one image at a time
-  A* const y;       // activated primary maps
-  A* const z;       // cheap maps before normalisation
-  A* const grad_z;  // gradient of the cheap maps, before activation, then before normalisation
-  A* const grad_y;  // gradient of one image's primary maps from the cheap part
-  const Norm<A> primary_norm;
-  const Clamp<A> clamp;
-
+class Norm {
  public:
-  static constexpr int kKept = 3;
-  static int64_t scratch(const Problem& p) { return (kKept * slots(p) + 1) * Unit<A, Planar>::plane_size(p); }
-  UnitBackward(const Problem& problem, const BackwardArgs& args, int64_t index, A* memory)
-      : p(problem), a(args), unit(problem, index), size(unit.plane_size(problem)), keep(slots(p) == p.batch), y(memory),
-        z(y + slots(p) * size), grad_z(z + slots(p) * size), grad_y(grad_z + slots(p) * size),
-        primary_norm(unit, a.primary, 1, 0), clamp(p.activation) {}
+  Norm(const Affine& affine, int64_t channels) : memory_(5 * channels), channels_(channels), rstd_(affine.rstd) {
+    const ScaleShift<A> both(affine, channels);
+    for (int64_t i = 0; i < channels; ++i) {
+      at(0)[i] = value_or<A>(affine.mean, i, 0);
+      at(1)[i] = both.scale()[i];
+      at(2)[i] = both.shift()[i];
+      at(3)[i] = at(4)[i] = 0;
+    }
+  }
+  const A* mean() const { return at(0); }
+  const A* scale() const { return at(1); }
+  const A* shift() const { return at(2); }
+  const A* alpha() const { return at(3); }
+  const A* beta() const { return at(4); }
 
-  // Rounds over the batch: two for each of a primary map's cheap maps (sums, then gradients), of which the last one
-  // yields the primary maps' sums too, and one for the primary normalisation, over what the others left in grad_raw.
-  void run(const A* cheap_weight, const Output& grad_raw) {
-    Sums sums;
-    for (int64_t s = 0; s < p.multiplier; ++s) cheap(cheap_weight, s, grad_raw, sums);
-    sums.finish(*this, primary_norm, a.primary_batch, a.grad_primary_affine, p.primary, 1, 0);
-    for (int64_t n = 0; n < p.batch; ++n) {
-      const auto raw = raw_plane(n);
-      const Plane<A, Planar> out(unit, grad_raw, n, unit.channel, 1, p.primary);
-      unit.each([&](int64_t, int64_t i, Mask m) {
-        out.store(i, through_norm(out.load(i), raw.load(i), primary_norm, sums, m));
-      });
+  // From the sums of the gradient after it and of that times the centred value: the gradients of bias and, times rstd,
+  // weight; and where the statistics are the batch's, alpha and beta.
+  void finish(const ChunkSums& sums, int64_t chunks, bool batch, double count, A* grad_weight) {
+    const double *plain = sums.total(chunks, 0), *centred = sums.total(chunks, 1);
+    A* grad_bias = grad_weight + channels_;
+    for (int64_t i = 0; i < channels_; ++i) {
+      const A rstd = value_or<A>(rstd_, i, 1);
+      grad_weight[i] = static_cast<A>(centred[i]) * rstd;
+      grad_bias[i] = static_cast<A>(plain[i]);
+      if (!batch) continue;
+      at(3)[i] = static_cast<A>(plain[i] / count);
+      at(4)[i] = static_cast<A>(centred[i] / count) * rstd * rstd;
     }
   }
 
  private:
-  static int64_t slots(const Problem& p) { return keeps_planes<A, Planar>(p, kKept) ? p.batch : 1; }
-  A* slot(A* planes, int64_t n) const { return planes + (keep ? n : 0) * size; }
-  Plane<const T, Planar> raw_plane(int64_t n) const { return {unit, a.raw, n, unit.channel, 1, p.primary}; }
+  A* at(int64_t i) const { return memory_.get() + i * channels_; }
+  Scratch<A> memory_;
+  int64_t channels_;
+  const void* rstd_;
+};
 
-  // Sums of the gradient before activation and of it times the centred value: the gradients of bias and, times rstd,
-  // weight. The gradient of the value normalised is scale * (g - alpha - beta * (value - mean)).
-  struct Sums {
-    Total<A, Planar> plain, centred;
-    Vec<A> alpha{}, beta{};
-    void add(PairSum<A>& image) {
-      image.finish();
-      plain.add(image.first);
-      centred.add(image.second);
-    }
-    void finish(const UnitBackward& u, const Norm<A>& norm, bool batch, void* grad_affine, int64_t channels,
-                int64_t stride, int64_t offset) {
-      A* grad_weight = static_cast<A*>(grad_affine);
-      u.unit.put(grad_weight, centred.over(1) * norm.rstd, stride, offset);
-      u.unit.put(grad_weight + channels, plain.over(1), stride, offset);
-      if (!batch) return;
-      const double count = static_cast<double>(u.p.batch * u.p.pixels());
-      alpha = plain.over(count);
-      beta = centred.over(count) * norm.rstd * norm.rstd;
-    }
-  };
-
-  // Gradient before the activation, given it after, at value; lanes that do not exist are zero.
-  FIF_INLINE Vec<A> through_activation(Vec<A> g, Vec<A> value, const Norm<A>& norm, Mask m) const {
-    return keep_lanes(activation_gradient<A>(g, value * norm.scale + norm.shift, p.activation), m);
+// The same of one unit.
+template <class A, bool Planar>
+struct UnitNorm {
+  Vec<A> mean, scale, shift, alpha, beta;
+  UnitNorm(const Unit<A, Planar>& unit, const Norm<A>& norm, int64_t stride, int64_t offset) {
+    mean = unit.parameter(norm.mean(), stride, offset);
+    scale = unit.parameter(norm.scale(), stride, offset);
+    shift = unit.parameter(norm.shift(), stride, offset);
+    alpha = unit.parameter(norm.alpha(), stride, offset);
+    beta = unit.parameter(norm.beta(), stride, offset);
   }
-  FIF_INLINE Vec<A> through_norm(Vec<A> g, Vec<A> value, const Norm<A>& norm, const Sums& sums, Mask m) const {
-    return keep_lanes(norm.scale * (g - sums.alpha - sums.beta * (value - norm.mean)), m);
-  }
+  FIF_INLINE Vec<A> normalised(Vec<A> value) const { return value * scale + shift; }
+  FIF_INLINE Vec<A> through(Vec<A> g, Vec<A> value) const { return scale * (g - alpha - beta * (value - mean)); }
+};
 
-  void cheap(const A* weight, int64_t s, const Output& grad_raw, Sums& primary_sums) {
-    const Norm<A> norm(unit, a.cheap, p.multiplier, s);
-    Vec<A> taps[kMostTaps], turned[kMostTaps], weight_sums[kMostTaps] = {};
-    load_taps(unit, weight, s, false, taps);
-    load_taps(unit, weight, s, true, turned);
-    Sums sums;
-    for (int64_t n = 0; n < p.batch; ++n) {
-      recompute(n, taps, norm, s);
-      const A *value = slot(z, n), *g = slot(grad_z, n);
+template <class T, bool Planar, class Act>
+class UnitBackward {
+  using A = Compute<T>;
+  using U = Unit<A, Planar>;
+  const Problem& p;
+  const BackwardArgs& a;
+  const A* const cheap_weight;  // [K * K, cheap maps]
+  const Norm<A>&primary, &cheap;
+  const int64_t halo, y_size, z_size, own_size, size;
+  const Scratch<A> memory;
+  const Act act;
+
+ public:
+  UnitBackward(const Problem& problem, const BackwardArgs& args, const Sweep& sweep, int threads, const A* weight,
+               const Norm<A>& primary_norm, const Norm<A>& cheap_norm, const Act& activation)
+      : p(problem), a(args), cheap_weight(weight), primary(primary_norm), cheap(cheap_norm), halo(p.kernel / 2),
+        y_size(U::size((sweep.rows() + 4 * halo) * p.width)), z_size(U::size((sweep.rows() + 2 * halo) * p.width)),
+        own_size(U::size(sweep.rows() * p.width)), size(y_size + 2 * z_size + 2 * own_size), memory(threads * size),
+        act(activation) {}
+
+  // Round 1. The gradient before the cheap activation: its sum, and that of it times the centred value.
+  void sum(const Work& w, const ChunkSums& sums) const {
+    const U unit(p, w.unit);
+    const Scratches at = scratches(w);
+    const Rows rows = w.block.rows;
+    const Strip<A> y = primary_maps(w, unit, rows.widened(halo, p), at);
+    for (int64_t s = 0; s < p.multiplier; ++s) {
+      const UnitNorm<A, Planar> norm(unit, cheap, p.multiplier, s);
+      const Strip<A> z = cheap_maps(unit, y, rows, s, at);
+      const auto grad = cheap_gradient(w, unit, rows, s).read(at.stage);
       PairSum<A> sum;
-      unit.each([&](int64_t at, int64_t, Mask m) {
-        const Vec<A> v = load(g + at);
-        sum.add(v, keep_lanes(v * (load(value + at) - norm.mean), m));
-      });
-      sums.add(sum);
-    }
-    sums.finish(*this, norm, a.cheap_batch, a.grad_cheap_affine, p.cheap(), p.multiplier, s);
-    for (int64_t n = 0; n < p.batch; ++n) {
-      if (!keep) recompute(n, taps, norm, s);
-      const A* value = slot(z, n);
-      A* g = slot(grad_z, n);
-      unit.each([&](int64_t at, int64_t, Mask m) {
-        store(g + at, through_norm(load(g + at), load(value + at), norm, sums, m));
-      });
-      depthwise_weight_gradient<A, Planar>(p, g, slot(y, n), weight_sums);
-      depthwise<A, Planar>(p, g, grad_y, turned, false);
-      leave(n, s, grad_raw, primary_sums);
-    }
-    const int64_t count = int64_t(p.kernel) * p.kernel;
-    for (int64_t t = 0; t < count; ++t)
-      unit.put(static_cast<A*>(a.grad_cheap_weight), unit.total(weight_sums[t]), p.multiplier * count, s * count + t);
-  }
-
-  // One image's primary maps, cheap maps number s before normalisation, and their gradient before activation.
-  void recompute(int64_t n, const Vec<A>* taps, const Norm<A>& norm, int64_t s) const {
-    A *primary = slot(y, n), *value = slot(z, n), *g = slot(grad_z, n);
-    const auto raw = raw_plane(n);
-    if (!keep || s == 0)
-      unit.each([&](int64_t at, int64_t i, Mask) {
-        store(primary + at, activate<A>(raw.load(i) * primary_norm.scale + primary_norm.shift, p.activation, clamp));
-      });
-    depthwise<A, Planar>(p, primary, value, taps, false);
-    const Plane<const T, Planar> grad(unit, a.grad, n, p.kept_primary() + unit.channel * p.multiplier + s, p.multiplier,
-                                      p.out_channels);
-    unit.each([&](int64_t at, int64_t i, Mask m) {
-      store(g + at, through_activation(grad.load(i), load(value + at), norm, m));
-    });
-  }
-
-  // Adds grad_y to what earlier cheap maps left in grad_raw; after the last one, goes on through the primary
-  // activation.
-  void leave(int64_t n, int64_t s, const Output& grad_raw, Sums& sums) const {
-    const bool last = s == p.multiplier - 1;
-    const auto raw = raw_plane(n);
-    const Plane<A, Planar> out(unit, grad_raw, n, unit.channel, 1, p.primary);
-    const Plane<const T, Planar> grad(unit, a.grad, n, unit.channel, 1, p.kept_primary());
-    PairSum<A> sum;
-    unit.each([&](int64_t at, int64_t i, Mask m) {
-      Vec<A> g = load(grad_y + at);
-      if (s > 0) g += out.load(i);
-      if (last) {
-        const Vec<A> value = raw.load(i);
-        g = through_activation(g + grad.load(i), value, primary_norm, m);
-        sum.add(g, keep_lanes(g * (value - primary_norm.mean), m));
+      if (grad) {
+        each_vector<A, Planar>(rows.count() * p.width, [&](int64_t i, Mask m) {
+          const Vec<A> value = load(z.data + i * U::kLane);
+          const Vec<A> g = keep_lanes(act.gradient(grad.load(i, m), norm.normalised(value)), m);
+          sum.add(g, keep_lanes(g * (value - norm.mean), m));
+        });
       }
-      out.store(i, g);
+      add(sums, w, unit, sum, p.multiplier, s);
+    }
+  }
+
+  // Round 2. Leaves the gradient before the primary activation in grad_raw.
+  void run(const Work& w, const Output& grad_raw, const ChunkSums& weight_sums, const ChunkSums& sums) const {
+    const U unit(p, w.unit);
+    const Scratches at = scratches(w);
+    const Rows rows = w.block.rows, around = rows.widened(halo, p);
+    const Strip<A> y = primary_maps(w, unit, around.widened(halo, p), at);
+    for (int64_t s = 0; s < p.multiplier; ++s) {
+      const Strip<A> g = cheap_normalisation(w, unit, y, around, s, at);
+      const Strip<const A> own{g.data + (rows.from - around.from) * p.width * U::kPixel, rows};
+      Vec<A> taps[kMostTaps], tap_sums[kMostTaps] = {};
+      depthwise_weight_gradient<A, Planar>(p, own, {y.data, y.rows}, tap_sums);
+      for (int64_t t = 0; t < int64_t(p.kernel) * p.kernel; ++t)
+        weight_sums.add(w, t, unit, U::total(tap_sums[t]), p.multiplier, s);
+      load_taps(p, unit, cheap_weight, s, true, taps);
+      depthwise<A, Planar>(p, {g.data, g.rows}, {s == 0 ? at.total : at.part, rows}, taps);
+      if (s > 0)
+        each_vector<A, Planar>(rows.count() * p.width, [&](int64_t i, Mask) {
+          store(at.total + i * U::kLane, load(at.total + i * U::kLane) + load(at.part + i * U::kLane));
+        });
+    }
+    const UnitNorm<A, Planar> norm(unit, primary, 1, 0);
+    const auto raw = Plane<const T, Planar>(p, unit, a.raw, w.block, unit.channel, 1, p.primary).read(at.stage);
+    const auto grad = Plane<const T, Planar>(p, unit, a.grad, w.block, unit.channel, 1, p.kept_primary()).read(at.part);
+    PairSum<A> sum;
+    Plane<A, Planar>(p, unit, grad_raw, w.block, unit.channel, 1, p.primary).write(at.total, [&](int64_t i, Mask m) {
+      Vec<A> g = load(at.total + i * U::kLane);
+      if (grad) g += grad.load(i, m);
+      const Vec<A> value = raw.load(i, m);
+      g = keep_lanes(act.gradient(g, norm.normalised(value)), m);
+      sum.add(g, keep_lanes(g * (value - norm.mean), m));
+      return g;
     });
-    if (last) sums.add(sum);
+    add(sums, w, unit, sum, 1, 0);
+  }
+
+ private:
+  // Primary and cheap maps, what comes from memory for the rows around, and two for the block's own rows.
+  struct Scratches {
+    A *y, *z, *stage, *total, *part;
+  };
+  Scratches scratches(const Work& w) const {
+    A* y = memory.get() + w.thread * size;
+    A *z = y + y_size, *stage = z + z_size, *total = stage + z_size;
+    return {y, z, stage, total, total + own_size};
+  }
+
+  static void add(const ChunkSums& sums, const Work& w, const U& unit, PairSum<A>& sum, int64_t stride,
+                  int64_t offset) {
+    sum.finish();
+    sums.add(w, 0, unit, U::total(sum.first), stride, offset);
+    sums.add(w, 1, unit, U::total(sum.second), stride, offset);
+  }
+  Plane<const T, Planar> cheap_gradient(const Work& w, const U& unit, Rows rows, int64_t s) const {
+    const int64_t channel = p.kept_primary() + unit.channel * p.multiplier + s;
+    return {p, unit, a.grad, {w.block.n, rows}, channel, p.multiplier, p.out_channels};
+  }
+
+  // Activated.
+  Strip<A> primary_maps(const Work& w, const U& unit, Rows rows, const Scratches& at) const {
+    const Vec<A> scale = unit.parameter(primary.scale()), shift = unit.parameter(primary.shift());
+    const auto raw = Plane<const T, Planar>(p, unit, a.raw, {w.block.n, rows}, unit.channel, 1, p.primary).read(at.y);
+    each_vector<A, Planar>(rows.count() * p.width, [&](int64_t i, Mask m) {
+      store(at.y + i * U::kLane, act.value(raw.load(i, m) * scale + shift));
+    });
+    return {at.y, rows};
+  }
+  // Before normalisation.
+  Strip<A> cheap_maps(const U& unit, const Strip<A>& y, Rows rows, int64_t s, const Scratches& at) const {
+    Vec<A> taps[kMostTaps];
+    load_taps(p, unit, cheap_weight, s, false, taps);
+    depthwise<A, Planar>(p, {y.data, y.rows}, {at.z, rows}, taps);
+    return {at.z, rows};
+  }
+  // The gradient of the cheap maps before normalisation.
+  Strip<A> cheap_normalisation(const Work& w, const U& unit, const Strip<A>& y, Rows rows, int64_t s,
+                               const Scratches& at) const {
+    const UnitNorm<A, Planar> norm(unit, cheap, p.multiplier, s);
+    const Strip<A> z = cheap_maps(unit, y, rows, s, at);
+    const auto grad = cheap_gradient(w, unit, rows, s).read(at.stage);
+    each_vector<A, Planar>(rows.count() * p.width, [&](int64_t i, Mask m) {
+      const Vec<A> value = load(z.data + i * U::kLane);
+      const Vec<A> g = grad ? act.gradient(grad.load(i, m), norm.normalised(value)) : Vec<A>{};
+      store(z.data + i * U::kLane, norm.through(g, value));
+    });
+    return z;
   }
 };
 
@@ -180,53 +209,77 @@ void narrow_to(const Compute<T>* from, T* to, int64_t count) {
   }
 }
 
-// ---- the input's gradient: W1 transposed times the raw maps' gradient
+// ---- through the primary normalisation, and the input's gradient: W1 transposed times the raw maps' gradient
 
-template <class T>
-void input_planar(const Problem& p, const BackwardArgs& a, const Output& grad_raw, const Threads& threads) {
+template <class T, bool Planar>
+void normalisation(const Problem& p, const BackwardArgs& a, const Norm<Compute<T>>& norm, const Output& grad_raw,
+                   const Work& w) {
   using A = Compute<T>;
-  const Computed<T> weight(a.primary_weight, p.primary * p.in_channels);
-  const int64_t blocks = ceil_div(p.in_channels, kTileRows), block = ceil_div(p.in_channels, blocks);
-  const int64_t rows = tile_rows(p, p.primary * sizeof(A)), cuts = ceil_div(p.height, rows);
-  parallel(threads, p.batch * cuts, [&](int64_t begin, int64_t end, int) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / cuts, row = task % cuts * rows, pixel = row * p.width;
-      for (int64_t c = 0; c < p.in_channels; c += block)
-        gemm(Gemm<A, A, T>{.a = weight.get() + c,
-                           .a_row = 1,
-                           .a_k = p.in_channels,
-                           .b = static_cast<const A*>(grad_raw.data) + n * grad_raw.batch + pixel,
-                           .b_k = grad_raw.step,
-                           .c = static_cast<T*>(a.grad_x.data) + n * a.grad_x.batch + c * a.grad_x.step + pixel,
-                           .c_row = a.grad_x.step,
-                           .rows = min_of(block, p.in_channels - c),
-                           .cols = min_of(rows, p.height - row) * p.width,
-                           .depth = p.primary});
+  constexpr int L = kLanes<A>;
+  const int64_t pixel = w.block.rows.from * p.width, pixels = w.block.rows.count() * p.width;
+  A* g = static_cast<A*>(grad_raw.data) + w.block.n * grad_raw.batch + pixel * (Planar ? 1 : grad_raw.step);
+  const T* raw = static_cast<const T*>(a.raw.data) + w.block.n * a.raw.batch + pixel * (Planar ? 1 : a.raw.step);
+  if constexpr (Planar) {
+    fetch_rows(g, grad_raw.step, p.primary, pixels);
+    fetch_rows(raw, a.raw.step, p.primary, pixels);
+  }
+  const int64_t outer = Planar ? p.primary : pixels, inner = Planar ? pixels : p.primary;
+  for (int64_t j = 0; j < outer; ++j, g += grad_raw.step, raw += a.raw.step) {
+    auto at = [&](const A* values, int64_t i, Mask m) { return Planar ? splat<A>(values[j]) : load(values + i, m); };
+    for (int64_t i = 0; i < inner; i += L) {
+      const Mask m = first_lanes(min_of<int64_t>(L, inner - i));
+      const Vec<A> centred = load(raw + i, m) - at(norm.mean(), i, m);
+      const Vec<A> rest = load(g + i, m) - at(norm.alpha(), i, m) - at(norm.beta(), i, m) * centred;
+      store(g + i, at(norm.scale(), i, m) * rest, m);
     }
-  });
+  }
 }
 
 template <class T>
-void input_channels_last(const Problem& p, const BackwardArgs& a, const Output& grad_raw, const Threads& threads) {
+void input_planar(const Problem& p, const BackwardArgs& a, const Compute<T>* weight, const Output& grad_raw,
+                  const Work& w) {
   using A = Compute<T>;
-  constexpr int64_t kPixels = 16 * kTileRows;
-  const Computed<T> weight(a.primary_weight, p.primary * p.in_channels);
-  const int64_t cuts = ceil_div(p.pixels(), kPixels);
-  parallel(threads, p.batch * cuts, [&](int64_t begin, int64_t end, int) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / cuts, pixel = task % cuts * kPixels;
-      gemm(Gemm<A, A, T>{.a = static_cast<const A*>(grad_raw.data) + n * grad_raw.batch + pixel * grad_raw.step,
-                         .a_row = grad_raw.step,
-                         .a_k = 1,
-                         .b = weight.get(),
-                         .b_k = p.in_channels,
-                         .c = static_cast<T*>(a.grad_x.data) + n * a.grad_x.batch + pixel * a.grad_x.step,
-                         .c_row = a.grad_x.step,
-                         .rows = min_of(kPixels, p.pixels() - pixel),
-                         .cols = p.in_channels,
-                         .depth = p.primary});
-    }
-  });
+  const int64_t pixel = w.block.rows.from * p.width,
+                block = ceil_div(p.in_channels, ceil_div(p.in_channels, kTileRows));
+  for (int64_t c = 0; c < p.in_channels; c += block)
+    gemm(Gemm<A, A, T>{.a = weight + c,
+                       .a_row = 1,
+                       .a_k = p.in_channels,
+                       .b = static_cast<const A*>(grad_raw.data) + w.block.n * grad_raw.batch + pixel,
+                       .b_k = grad_raw.step,
+                       .c = static_cast<T*>(a.grad_x.data) + w.block.n * a.grad_x.batch + c * a.grad_x.step + pixel,
+                       .c_row = a.grad_x.step,
+                       .rows = min_of(block, p.in_channels - c),
+                       .cols = w.block.rows.count() * p.width,
+                       .depth = p.primary});
+}
+
+template <class T>
+void input_channels_last(const Problem& p, const BackwardArgs& a, const Compute<T>* weight, const Output& grad_raw,
+                         const Work& w) {
+  using A = Compute<T>;
+  const int64_t pixel = w.block.rows.from * p.width;
+  gemm(Gemm<A, A, T>{.a = static_cast<const A*>(grad_raw.data) + w.block.n * grad_raw.batch + pixel * grad_raw.step,
+                     .a_row = grad_raw.step,
+                     .a_k = 1,
+                     .b = weight,
+                     .b_k = p.in_channels,
+                     .c = static_cast<T*>(a.grad_x.data) + w.block.n * a.grad_x.batch + pixel * a.grad_x.step,
+                     .c_row = a.grad_x.step,
+                     .rows = w.block.rows.count() * p.width,
+                     .cols = p.in_channels,
+                     .depth = p.primary});
+}
+
+// Without a product the raw maps are the input.
+template <class T, bool Planar>
+void copy_out(const Problem& p, const BackwardArgs& a, const Output& grad_raw, const Work& w) {
+  const int64_t pixel = w.block.rows.from * p.width, pixels = w.block.rows.count() * p.width;
+  const Compute<T>* from =
+      static_cast<const Compute<T>*>(grad_raw.data) + w.block.n * grad_raw.batch + pixel * (Planar ? 1 : grad_raw.step);
+  T* to = static_cast<T*>(a.grad_x.data) + w.block.n * a.grad_x.batch + pixel * (Planar ? 1 : a.grad_x.step);
+  for (int64_t i = 0; i < (Planar ? p.primary : pixels); ++i, from += grad_raw.step, to += a.grad_x.step)
+    narrow_to<T>(from, to, Planar ? pixels : p.primary);
 }
 
 // ---- the primary weight's gradient: the raw maps' gradient times the input transposed
@@ -248,8 +301,9 @@ void weight_planar(const Problem& p, const BackwardArgs& a, const Output& grad_r
   for (int64_t n = 0; n < p.batch; ++n)
     for (int64_t pixel = 0; pixel < p.pixels(); pixel += chunk) {
       const int64_t count = min_of(chunk, p.pixels() - pixel);
-      transpose(static_cast<const T*>(a.x.data) + n * a.x.batch + pixel, a.x.step, p.in_channels, count, buffer,
-                p.in_channels);
+      const T* x = static_cast<const T*>(a.x.data) + n * a.x.batch + pixel;
+      fetch_rows(x, a.x.step, p.in_channels, count);
+      transpose(x, a.x.step, p.in_channels, count, buffer, p.in_channels);
       gemm(Gemm<A, A, A>{.a = static_cast<const A*>(grad_raw.data) + n * grad_raw.batch + m0 * grad_raw.step + pixel,
                          .a_row = grad_raw.step,
                          .a_k = 1,
@@ -264,68 +318,102 @@ void weight_planar(const Problem& p, const BackwardArgs& a, const Output& grad_r
     }
 }
 
+// Blocks of the input's channels and of pixels: a block of the sums stays in cache over all pixels, and is read and
+// written once for as many pixels as are summed in registers.
 template <class T>
 void weight_channels_last(const Problem& p, const BackwardArgs& a, const Output& grad_raw, Compute<T>* out, int64_t m0,
                           int64_t m1) {
   using A = Compute<T>;
-  const int64_t chunk = weight_pixels<A>(p);
+  constexpr int64_t kPixels = 256, kChannels = 12 * kLanes<A>;
   for (int64_t i = m0 * p.in_channels; i < m1 * p.in_channels; ++i) out[i] = 0;
-  for (int64_t n = 0; n < p.batch; ++n)
-    for (int64_t pixel = 0; pixel < p.pixels(); pixel += chunk)
-      gemm(Gemm<A, T, A>{.a = static_cast<const A*>(grad_raw.data) + n * grad_raw.batch + pixel * grad_raw.step + m0,
-                         .a_row = 1,
-                         .a_k = grad_raw.step,
-                         .b = static_cast<const T*>(a.x.data) + n * a.x.batch + pixel * a.x.step,
-                         .b_k = a.x.step,
-                         .c = out + m0 * p.in_channels,
-                         .c_row = p.in_channels,
-                         .rows = m1 - m0,
-                         .cols = p.in_channels,
-                         .depth = min_of(chunk, p.pixels() - pixel),
-                         .finish = Finish::accumulate});
+  // Images that follow each other without a gap are one.
+  const bool dense = a.x.batch == p.pixels() * a.x.step;
+  const int64_t images = dense ? 1 : p.batch, pixels = dense ? p.batch * p.pixels() : p.pixels();
+  for (int64_t c = 0; c < p.in_channels; c += kChannels)
+    for (int64_t n = 0; n < images; ++n)
+      for (int64_t pixel = 0; pixel < pixels; pixel += kPixels) {
+        const int64_t count = min_of(kPixels, pixels - pixel), channels = min_of(kChannels, p.in_channels - c);
+        const T* x = static_cast<const T*>(a.x.data) + n * a.x.batch + pixel * a.x.step + c;
+        fetch_rows(x, a.x.step, count, channels);
+        gemm(Gemm<A, T, A>{.a = static_cast<const A*>(grad_raw.data) + n * grad_raw.batch + pixel * grad_raw.step + m0,
+                           .a_row = 1,
+                           .a_k = grad_raw.step,
+                           .b = x,
+                           .b_k = a.x.step,
+                           .c = out + m0 * p.in_channels + c,
+                           .c_row = p.in_channels,
+                           .rows = m1 - m0,
+                           .cols = channels,
+                           .depth = count,
+                           .finish = Finish::accumulate});
+      }
+}
+
+// Rounds 1 and 2: all that lies between the output's gradient and the primary normalisation.
+template <class T, bool Planar>
+void backward_units(const Problem& p, const BackwardArgs& a, const Threads& threads, Norm<Compute<T>>& primary,
+                    const Output& grad_raw) {
+  using A = Compute<T>;
+  using U = Unit<A, Planar>;
+  const int64_t taps = int64_t(p.kernel) * p.kernel;
+  const double count = static_cast<double>(p.batch * p.pixels());
+  const Transposed<T> cheap_weight(a.cheap_weight, p.cheap(), taps);
+  Norm<A> cheap(a.cheap, p.cheap());
+  const Sweep sweep(p, threads, unit_rows<A, Planar>(p), U::number(p));
+  const ChunkSums cheap_sums(sweep.chunks, 2, p.cheap()), primary_sums(sweep.chunks, 2, p.primary);
+  const ChunkSums weight_sums(sweep.chunks, taps, p.cheap());
+  with_activation<A>(p.activation, [&](const auto& act) {
+    const UnitBackward<T, Planar, std::decay_t<decltype(act)>> unit(p, a, sweep, threads.count, cheap_weight.get(),
+                                                                    primary, cheap, act);
+    sweep.run([&](const Work& w) { unit.sum(w, cheap_sums); });
+    cheap.finish(cheap_sums, sweep.chunks, a.cheap_batch, count, static_cast<A*>(a.grad_cheap_affine));
+    sweep.run([&](const Work& w) { unit.run(w, grad_raw, weight_sums, primary_sums); });
+  });
+  primary.finish(primary_sums, sweep.chunks, a.primary_batch, count, static_cast<A*>(a.grad_primary_affine));
+  T* grad_weight = static_cast<T*>(a.grad_cheap_weight);
+  for (int64_t t = 0; t < taps; ++t) {
+    const double* total = weight_sums.total(sweep.chunks, t);
+    for (int64_t i = 0; i < p.cheap(); ++i) store(grad_weight + i * taps + t, splat(static_cast<A>(total[i])), Mask(1));
+  }
 }
 
 template <class T, bool Planar>
 void backward_in(const Problem& p, const BackwardArgs& a, const Threads& threads) {
   using A = Compute<T>;
-  using U = Unit<A, Planar>;
-  const int64_t taps = p.cheap() * p.kernel * p.kernel, weights = p.primary * p.in_channels;
-  const Computed<T> cheap_weight(a.cheap_weight, taps);
+  const int64_t weights = p.primary * p.in_channels;
   const Scratch<A> raw_memory(p.batch * p.primary * p.pixels());
   const Output grad_raw{raw_memory.get(), p.primary * p.pixels(), Planar ? p.pixels() : p.primary};
+  Norm<A> norm(a.primary, p.primary);
+  if (planar_units<A>(p))
+    backward_units<T, true>(p, a, threads, norm, grad_raw);
+  else
+    backward_units<T, false>(p, a, threads, norm, grad_raw);
   {
-    // Gradients of weights are summed in the compute type and narrowed once.
-    const Scratch<A> grad_cheap(taps);
-    BackwardArgs wide = a;
-    wide.grad_cheap_weight = grad_cheap.get();
-    const int64_t each = UnitBackward<T, Planar>::scratch(p);
-    const Scratch<A> scratch(min_of<int64_t>(threads.count, U::count(p)) * each);
-    parallel(threads, U::count(p), [&](int64_t begin, int64_t end, int thread) {
-      for (int64_t u = begin; u < end; ++u)
-        UnitBackward<T, Planar>(p, wide, u, scratch.get() + thread * each).run(cheap_weight.get(), grad_raw);
-    });
-    narrow_to<T>(grad_cheap.get(), static_cast<T*>(a.grad_cheap_weight), taps);
-  }
-  if (a.grad_x.data) {
-    if constexpr (Planar)
-      input_planar<T>(p, a, grad_raw, threads);
-    else
-      input_channels_last<T>(p, a, grad_raw, threads);
-  }
-  if (a.grad_primary_weight) {
-    const Scratch<A> grad_primary(weights);
-    // Even parts, one a thread: a sum over the whole batch stays with one thread.
-    const int64_t parts = min_of<int64_t>(threads.count, p.primary), chunk = weight_pixels<A>(p) * p.in_channels;
-    const Scratch<A> buffers(Planar ? parts * chunk : 0);
-    parallel(threads, parts, [&](int64_t begin, int64_t end, int thread) {
-      const int64_t m0 = begin * p.primary / parts, m1 = end * p.primary / parts;
-      if constexpr (Planar)
-        weight_planar<T>(p, a, grad_raw, buffers.get() + thread * chunk, grad_primary.get(), m0, m1);
+    const Computed<T> weight(a.primary_weight, p.has_primary ? weights : 0);
+    Sweep(p, threads, product_rows<Planar>(p, p.primary * sizeof(A)), 1).run([&](const Work& w) {
+      normalisation<T, Planar>(p, a, norm, grad_raw, w);
+      if (!a.grad_x.data) return;
+      if (!p.has_primary)
+        copy_out<T, Planar>(p, a, grad_raw, w);
+      else if constexpr (Planar)
+        input_planar<T>(p, a, weight.get(), grad_raw, w);
       else
-        weight_channels_last<T>(p, a, grad_raw, grad_primary.get(), m0, m1);
+        input_channels_last<T>(p, a, weight.get(), grad_raw, w);
     });
-    narrow_to<T>(grad_primary.get(), static_cast<T*>(a.grad_primary_weight), weights);
   }
+  if (!a.grad_primary_weight) return;
+  const Scratch<A> grad_primary(weights);
+  // Even parts, one a thread: a sum over the whole batch stays with one thread.
+  const int64_t parts = min_of<int64_t>(threads.count, p.primary), chunk = weight_pixels<A>(p) * p.in_channels;
+  const Scratch<A> buffers(Planar ? parts * chunk : 0);
+  parallel(threads, parts, [&](int64_t begin, int64_t end, int thread) {
+    const int64_t m0 = begin * p.primary / parts, m1 = end * p.primary / parts;
+    if constexpr (Planar)
+      weight_planar<T>(p, a, grad_raw, buffers.get() + thread * chunk, grad_primary.get(), m0, m1);
+    else
+      weight_channels_last<T>(p, a, grad_raw, grad_primary.get(), m0, m1);
+  });
+  narrow_to<T>(grad_primary.get(), static_cast<T*>(a.grad_primary_weight), weights);
 }
 
 }  // namespace

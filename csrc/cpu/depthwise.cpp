@@ -1,98 +1,105 @@
 // The depthwise kernels of depthwise.h on scratch planes of the compute type, and the gradient of their weights.
-#include "pass.h"
+#include "unit.h"
 
 namespace fif::FIF_ISA {
 namespace {
 
 template <class A, bool Planar, int K>
-void plane_forward(const Problem& p, const A* in, A* out, const Vec<A>* taps, bool accumulate) {
-  const int height = static_cast<int>(p.height), width = static_cast<int>(p.width);
-  auto emit = [&](int64_t pixel, Vec<A> v, Mask mask) {
-    A* at = out + pixel * Unit<A, Planar>::kStep;
-    if constexpr (Planar) {
-      store(at, accumulate ? v + load(at, mask) : v, mask);
-    } else {
-      store(at, accumulate ? v + load(at) : v);
-    }
-  };
+void forward(int width, Strip<const A> in, Strip<A> out, const Vec<A>* taps) {
+  const int height = static_cast<int>(in.rows.to - in.rows.from);
+  const int first = static_cast<int>(out.rows.from - in.rows.from), stop = static_cast<int>(out.rows.to - in.rows.from);
+  A* base = out.data - int64_t(first) * width * (Planar ? 1 : kLanes<A>);
   if constexpr (Planar) {
     A weight[K * K];
     for (int t = 0; t < K * K; ++t) weight[t] = taps[t][0];
-    depthwise_plane<K, A>(in, height, width, 0, height, weight, A(0), emit);
+    depthwise_plane<K, A>(in.data, height, width, first, stop, weight, A(0),
+                          [&](int64_t pixel, Vec<A> v, Mask mask) { store(base + pixel, v, mask); });
   } else {
     Vec<A> vectors[K * K];
     for (int t = 0; t < K * K; ++t) vectors[t] = taps[t];
     depthwise_channels<K, true, A>(
-        in, kLanes<A>, kAll, height, width, 0, height, vectors, Vec<A>{}, [](int64_t, Vec<A>) {}, emit);
+        in.data, kLanes<A>, kAll, height, width, first, stop, vectors, Vec<A>{}, [](int64_t, Vec<A>) {},
+        [&](int64_t pixel, Vec<A> v, Mask) { store(base + pixel * kLanes<A>, v); });
   }
 }
 
-// One row of taps at a time, K sums in registers. Sums of parts meet in `sums`: long ones lose more to rounding.
+// As many rows of taps at a time as the registers hold sums of, beside the gradients that meet one row of `in`.
 template <class A, int K>
-void planar_weight_gradient(const Problem& p, const A* gradient, const A* in, Vec<A>* sums) {
-  constexpr int L = kLanes<A>, P = K / 2;
-  const int height = static_cast<int>(p.height), width = static_cast<int>(p.width);
-  for (int column = 0; column < width; column += L) {
-    const int lanes = min_of(L, width - column);
-    Mask inside[K];
-    for (int dx = 0; dx < K; ++dx) {
-      const int below = P - dx - column, above = min_of(lanes, width - column - dx + P);
-      inside[dx] = above <= 0 ? 0 : first_lanes(above) & ~(below > 0 ? first_lanes(below) : 0);
-    }
-    for (int dy = 0; dy < K; ++dy) {
-      Vec<A> acc[K] = {};
-      for (int r = max_of(0, P - dy); r < min_of(height, height + P - dy); ++r) {
-        const Vec<A> g = load(gradient + (int64_t)r * width + column, inside[P]);
-        const A* row = in + (int64_t)(r + dy - P) * width + column;
-        FIF_UNROLL for (int dx = 0; dx < K; ++dx) acc[dx] += g * load(row + dx - P, inside[dx]);
-      }
-      FIF_UNROLL for (int dx = 0; dx < K; ++dx) sums[dy * K + dx] += acc[dx];
+constexpr int kTapRows = (kRegisters - 1) / (K + 1) > K ? K : (kRegisters - 1) / (K + 1);
+
+// The sums of one column of vectors for rows dy0, dy0 + 1, ... of the taps. Row q of `in`, which is read once, meets
+// the gradient's rows q + lead - dy.
+template <class A, int K, class In, class Gradient>
+FIF_INLINE void column_sums(int gradient_rows, int in_rows, int lead, int dy0, Vec<A>* sums, In load_in,
+                            Gradient load_gradient) {
+  constexpr int D = kTapRows<A, K>;
+  Vec<A> acc[D][K] = {}, g[D] = {};
+  // g[d] is the gradient's row q + lead - (dy0 + d); rows outside are zero.
+  auto gradient_at = [&](int row) { return row >= 0 && row < gradient_rows ? load_gradient(row) : Vec<A>{}; };
+  const int first = max_of(0, dy0 - lead), stop = min_of(in_rows, gradient_rows + dy0 + D - 1 - lead);
+  for (int d = 1; d < D; ++d) g[d - 1] = gradient_at(first - 1 + lead - dy0 - (d - 1));
+  for (int q = first; q < stop; ++q) {
+    FIF_UNROLL for (int d = D - 1; d > 0; --d) g[d] = g[d - 1];
+    g[0] = gradient_at(q + lead - dy0);
+    FIF_UNROLL for (int dx = 0; dx < K; ++dx) {
+      const Vec<A> v = load_in(q, dx);
+      FIF_UNROLL for (int d = 0; d < D; ++d) acc[d][dx] += g[d] * v;
     }
   }
+  FIF_UNROLL for (int d = 0; d < D; ++d) if (dy0 + d < K) FIF_UNROLL for (int dx = 0; dx < K; ++dx)
+      sums[(dy0 + d) * K + dx] += acc[d][dx];
 }
 
-template <class A, int K>
-void channels_weight_gradient(const Problem& p, const A* gradient, const A* in, Vec<A>* sums) {
+template <class A, bool Planar, int K>
+void weight_gradient(int width, Strip<const A> gradient, Strip<const A> in, Vec<A>* sums) {
   constexpr int L = kLanes<A>, P = K / 2;
-  const int height = static_cast<int>(p.height), width = static_cast<int>(p.width);
-  for (int dy = 0; dy < K; ++dy) {
-    for (int r = max_of(0, P - dy); r < min_of(height, height + P - dy); ++r) {
-      Vec<A> acc[K] = {};
-      const A* g = gradient + (int64_t)r * width * L;
-      const A* row = in + (int64_t)(r + dy - P) * width * L;
-      for (int c = 0; c < width; ++c) {
-        const Vec<A> gv = load(g + (int64_t)c * L);
-        FIF_UNROLL for (int dx = 0; dx < K; ++dx) {
-          const int from = c + dx - P;
-          if (from >= 0 && from < width) acc[dx] += gv * load(row + (int64_t)from * L);
+  const int gradient_rows = static_cast<int>(gradient.rows.to - gradient.rows.from);
+  const int in_rows = static_cast<int>(in.rows.to - in.rows.from);
+  const int lead = static_cast<int>(in.rows.from - gradient.rows.from) + P;
+  for (int dy0 = 0; dy0 < K; dy0 += kTapRows<A, K>)
+    if constexpr (Planar) {
+      for (int column = 0; column < width; column += L) {
+        const int lanes = min_of(L, width - column);
+        Mask inside[K];
+        for (int dx = 0; dx < K; ++dx) {
+          const int below = P - dx - column, above = min_of(lanes, width - column - dx + P);
+          inside[dx] = above <= 0 ? 0 : first_lanes(above) & ~(below > 0 ? first_lanes(below) : 0);
         }
+        column_sums<A, K>(
+            gradient_rows, in_rows, lead, dy0, sums,
+            [&](int q, int dx) { return load(in.data + int64_t(q) * width + column + dx - P, inside[dx]); },
+            [&](int row) { return load(gradient.data + int64_t(row) * width + column, inside[P]); });
       }
-      FIF_UNROLL for (int dx = 0; dx < K; ++dx) sums[dy * K + dx] += acc[dx];
+    } else {
+      for (int column = 0; column < width; ++column)
+        column_sums<A, K>(
+            gradient_rows, in_rows, lead, dy0, sums,
+            [&](int q, int dx) {
+              const int from = column + dx - P;
+              return from >= 0 && from < width ? load(in.data + (int64_t(q) * width + from) * L) : Vec<A>{};
+            },
+            [&](int row) { return load(gradient.data + (int64_t(row) * width + column) * L); });
     }
-  }
 }
 
 }  // namespace
 
 template <class A, bool Planar>
-void depthwise(const Problem& p, const A* in, A* out, const Vec<A>* taps, bool accumulate) {
+void depthwise(const Problem& p, Strip<const A> in, Strip<A> out, const Vec<A>* taps) {
   with_kernel_size(p.kernel,
-                   [&](auto k) { plane_forward<A, Planar, decltype(k)::value>(p, in, out, taps, accumulate); });
+                   [&](auto k) { forward<A, Planar, decltype(k)::value>(static_cast<int>(p.width), in, out, taps); });
 }
 
 template <class A, bool Planar>
-void depthwise_weight_gradient(const Problem& p, const A* gradient, const A* in, Vec<A>* sums) {
+void depthwise_weight_gradient(const Problem& p, Strip<const A> gradient, Strip<const A> in, Vec<A>* sums) {
   with_kernel_size(p.kernel, [&](auto k) {
-    if constexpr (Planar)
-      planar_weight_gradient<A, decltype(k)::value>(p, gradient, in, sums);
-    else
-      channels_weight_gradient<A, decltype(k)::value>(p, gradient, in, sums);
+    weight_gradient<A, Planar, decltype(k)::value>(static_cast<int>(p.width), gradient, in, sums);
   });
 }
 
-#define FIF_DEPTHWISE(A, Planar)                                                         \
-  template void depthwise<A, Planar>(const Problem&, const A*, A*, const Vec<A>*, bool); \
-  template void depthwise_weight_gradient<A, Planar>(const Problem&, const A*, const A*, Vec<A>*);
+#define FIF_DEPTHWISE(A, Planar)                                                               \
+  template void depthwise<A, Planar>(const Problem&, Strip<const A>, Strip<A>, const Vec<A>*); \
+  template void depthwise_weight_gradient<A, Planar>(const Problem&, Strip<const A>, Strip<const A>, Vec<A>*);
 FIF_DEPTHWISE(float, true)
 FIF_DEPTHWISE(float, false)
 FIF_DEPTHWISE(double, true)

@@ -68,10 +68,21 @@ struct PrimaryMaps {
   }
 };
 
+// out[i] = activation(in[i] * scale(i) + shift(i)), for maps that another convolution made.
+template <class A, class In, class Out, class Scale, class Shift>
+void normalise(const In* in, Out* out, int64_t count, Activation activation, Scale scale, Shift shift) {
+  with_activation<A>(activation, [&](auto act) {
+    for (int64_t i = 0; i < count; i += kLanes<A>) {
+      const Mask m = first_lanes(min_of<int64_t>(kLanes<A>, count - i));
+      store(out + i, act.value(load(in + i, m) * scale(i, m) + shift(i, m)), m);
+    }
+  });
+}
+
 template <class T, int K>
 void infer_planar(const Problem& p, const InferArgs& a, const Threads& threads) {
   using A = Compute<T>;
-  const Computed<T> primary_weight(a.primary_weight, p.primary * p.in_channels);
+  const Computed<T> primary_weight(a.primary_weight, p.has_primary ? p.primary * p.in_channels : 0);
   const Computed<T> cheap_weight(a.cheap_weight, p.cheap() * K * K);
   const ScaleShift<A> primary_norm(a.primary, p.primary), cheap_norm(a.cheap, p.cheap());
   constexpr int64_t kAhead = 2 * kLanes<A>;  // the next tile's pixels, in most blocks
@@ -80,6 +91,15 @@ void infer_planar(const Problem& p, const InferArgs& a, const Threads& threads) 
 
   auto primary = [&](const Place& at) {
     const int64_t m = at.block * block, pixel = at.row * p.width;
+    if (!p.has_primary) {
+      for (int64_t c = m; c < min_of(m + block, p.primary); ++c)
+        normalise<A>(
+            static_cast<const T*>(a.x.data) + at.n * a.x.batch + c * a.x.step + pixel,
+            maps.at(p, at) + c * maps.map.step + pixel, (at.stop - at.row) * p.width, p.activation,
+            [&, c](int64_t, Mask) { return splat<A>(primary_norm.scale()[c]); },
+            [&, c](int64_t, Mask) { return splat<A>(primary_norm.shift()[c]); });
+      return;
+    }
     gemm(Gemm<A, T, T>{.a = primary_weight.get() + m * p.in_channels,
                        .a_row = p.in_channels,
                        .a_k = 1,
@@ -105,13 +125,13 @@ void infer_planar(const Problem& p, const InferArgs& a, const Threads& threads) 
         T* out = static_cast<T*>(a.out.data) + at.n * a.out.batch + channel * a.out.step;
         A taps[K * K];
         FIF_UNROLL for (int t = 0; t < K * K; ++t) taps[t] = cheap_weight.get()[j * K * K + t] * cheap_norm.scale()[j];
-        with_activation<A>(p.activation, [&](auto activate) {
+        with_activation<A>(p.activation, [&](auto activation) {
           // Holds copies: what a store might change would be read again after each.
           auto emit = [=](int64_t pixel, Vec<A> v, Mask mask) {
             if (!kFreeMasks && is_full<A>(mask))
-              store(out + pixel, activate(v));
+              store(out + pixel, activation.value(v));
             else
-              store(out + pixel, activate(v), mask);
+              store(out + pixel, activation.value(v), mask);
           };
           depthwise_plane<K, A>(in, p.height, p.width, at.row, at.stop, taps, cheap_norm.shift()[j], emit);
         });
@@ -184,13 +204,14 @@ class Parameters {
   using A = Compute<T>;
   static constexpr int L = kLanes<A>;
   const Problem& p;
-  const int64_t width, taps, padded;
+  const int64_t width, depth, taps, padded;  // depth: of the product, 0 without one
   Kept memory_;
 
  public:
   Parameters(const Problem& problem, const InferArgs& a, const Blocks<A>& blocks)
-      : p(problem), width(blocks.width), taps(int64_t(p.kernel) * p.kernel), padded(blocks.count * width),
-        memory_(key(p, a), padded * (p.in_channels + 2 + p.multiplier * (taps + 1)) * int64_t(sizeof(A))) {
+      : p(problem), width(blocks.width), depth(p.has_primary ? p.in_channels : 0), taps(int64_t(p.kernel) * p.kernel),
+        padded(blocks.count * width),
+        memory_(key(p, a), padded * (depth + 2 + p.multiplier * (taps + 1)) * int64_t(sizeof(A))) {
     if (!memory_.fresh) return;
     pack(a);
     memory_.publish();
@@ -198,7 +219,7 @@ class Parameters {
   // Whether the product takes bf16 numbers in pairs, as they lie in x.
   static bool paired(const Problem& p) { return kBf16Dot && p.dtype == Dtype::bf16 && p.channels_last; }
   // [C, width] of the block that begins at channel m; where they are paired, [ceil(C / 2), width] pairs
-  A* primary(int64_t m) const { return static_cast<A*>(memory_.data) + m * p.in_channels; }
+  A* primary(int64_t m) const { return static_cast<A*>(memory_.data) + m * depth; }
   A* scale(int64_t m) const { return primary(padded) + m; }
   A* shift(int64_t m) const { return scale(m) + padded; }
   // [K * K + 1, L]: taps times scale, then shift, of the cheap maps number s of the vector at channel m
@@ -207,7 +228,7 @@ class Parameters {
  private:
   static KeptKey key(const Problem& p, const InferArgs& a) {
     ContentHash hash;
-    hash.add(a.primary_weight, p.primary * p.in_channels * int64_t(sizeof(T)));
+    hash.add(a.primary_weight, p.primary * p.in_channels * int64_t(sizeof(T)));  // nothing without a product
     hash.add(a.cheap_weight, p.cheap() * p.kernel * p.kernel * int64_t(sizeof(T)));
     const Affine* const norms[] = {&a.primary, &a.cheap};
     for (const Affine* norm : norms) {
@@ -222,7 +243,7 @@ class Parameters {
 
   void pack(const InferArgs& a) const {
     const T* weight = static_cast<const T*>(a.primary_weight);
-    for (int64_t m = 0; m < p.primary; m += width) {
+    for (int64_t m = 0; p.has_primary && m < p.primary; m += width) {
       const int64_t channels = min_of(width, p.primary - m);
       if (channels < width) memset(primary(m), 0, width * p.in_channels * sizeof(A));
       transpose(weight + m * p.in_channels, p.in_channels, channels, p.in_channels, primary(m), width);
@@ -283,7 +304,7 @@ class ChannelWise {
     const int64_t cuts = pairs >= threads.count ? 1 : min_of(p.height, ceil_div(threads.count, pairs));
     const int64_t tile_size = rows * p.width * blocks.width, y_size = tile_size + 2 * P * p.width * blocks.width;
     const int64_t wide_size = sizeof(T) == sizeof(A) ? 0 : kPixels * p.in_channels;
-    const int64_t each = y_size + (p.channels_last ? 0 : tile_size) + wide_size;
+    const int64_t each = y_size + (direct() ? 0 : tile_size) + wide_size;
     const Scratch<A> memory(threads.count * each);
     parallel(threads, pairs * cuts, [&](int64_t begin, int64_t end, int thread) {
       A *y = memory.get() + thread * each, *wide = y + y_size, *z = wide + wide_size;
@@ -317,9 +338,25 @@ class ChannelWise {
     }
   }
 
+  // The primary maps that another convolution made.
+  void normalised(const T* x, int64_t m, int64_t pixels, A* y) const {
+    const int64_t channels = min_of(blocks.width, p.primary - m);
+    if (!p.channels_last) transpose(x, x_channel, channels, pixels, y, blocks.width);
+    auto scale = [&](int64_t i, Mask) { return load(parameters.scale(m) + i); };
+    auto shift = [&](int64_t i, Mask) { return load(parameters.shift(m) + i); };
+    for (int64_t i = 0; i < pixels; ++i) {
+      A* to = y + i * blocks.width;
+      if (p.channels_last)
+        normalise<A>(x + i * x_pixel, to, channels, p.activation, scale, shift);
+      else
+        normalise<A>(to, to, channels, p.activation, scale, shift);
+    }
+  }
+
   void primary(int64_t n, int64_t m, int64_t row, int64_t stop, A* y, A* wide) const {
     const T* x = static_cast<const T*>(a.x.data) + n * a.x.batch + row * p.width * x_pixel;
     const int64_t pixels = (stop - row) * p.width;
+    if (!p.has_primary) return normalised(x + m * x_channel, m, pixels, y);
 #if defined(FIF_BF16_DOT)
     if constexpr (sizeof(T) == 2)
       if (parameters.paired(p)) {
@@ -374,60 +411,68 @@ class ChannelWise {
     }
   }
 
+  // Whether cheap maps go from registers to their place; else they make a stop in z, so that one kernel serves all.
+  bool direct() const { return p.channels_last && p.multiplier == 1 && is_clamp(p.activation); }
+
   // y points to where row 0 of the map would be.
   void cheap(int64_t n, int64_t m0, int64_t r, int64_t stop, const A* y, A* z) const {
     T* const image = static_cast<T*>(a.out.data) + n * a.out.batch;
-    const int64_t count = (stop - r) * p.width, first = r * p.width, step = blocks.width;
-    const int64_t channels = min_of(step, p.primary - m0);
-    if (!p.channels_last && p.splice)
-      transpose_out(y + first * step, step, count, channels, image + m0 * a.out.step + first, a.out.step);
+    const int64_t step = blocks.width, channels = min_of(step, p.primary - m0);
+    const int64_t first = r * p.width, count = stop * p.width - first;
+    if (p.splice && !direct()) place(y + first * step, count, channels, image, m0, 1, first);
     for (int64_t s = 0; s < p.multiplier; ++s) {
-      for (int64_t m = m0; m < m0 + channels; m += L) {
-        const int64_t j = m * p.multiplier + s, channel = p.kept_primary() + j;
-        const int64_t left = max_of<int64_t>(0, p.out_channels - channel);
-        if (left == 0 && !(p.splice && s == 0)) break;  // there the primary maps are stored along the way
-        const Mask lanes = first_lanes(min_of<int64_t>(L, p.primary - m));
-        const Mask kept = lanes & first_lanes(ceil_div(left, p.multiplier));
-        with_activation<A>(p.activation, [&](auto activate) {
-          if (!p.channels_last)
-            cheap_vector(
-                y + m - m0, m, s, r, stop,
-                [=, to = z + m - m0 - first * step](int64_t pixel, Vec<A> v, Mask) {
-                  store(to + pixel * step, activate(v));
-                },
-                [](int64_t, Vec<A>) {});
-          else
-            to_channels_last(y + m - m0, m, s, r, stop, lanes, kept, image, channel, activate);
-        });
+      const int64_t channel = p.kept_primary() + m0 * p.multiplier + s;
+      const int64_t kept = min_of(channels, ceil_div(max_of<int64_t>(0, p.out_channels - channel), p.multiplier));
+      for (int64_t m = 0; m < channels; m += L) {
+        const Mask lanes = first_lanes(min_of<int64_t>(L, channels - m));
+        if (direct())
+          cheap_direct(y + m, m0 + m, r, stop, lanes, first_lanes(max_of<int64_t>(0, min_of<int64_t>(L, kept - m))),
+                       image);
+        else if (m < kept)
+          cheap_vector(
+              y + m, m0 + m, s, r, stop,
+              [=, to = z + m - first * step](int64_t pixel, Vec<A> v, Mask) { store(to + pixel * step, v); },
+              [](int64_t, Vec<A>) {});
       }
-      if (!p.channels_last) {
-        const int64_t j = m0 * p.multiplier + s, channel = p.kept_primary() + j;
-        const int64_t kept = min_of(channels, ceil_div(p.out_channels - channel, p.multiplier));
-        if (kept > 0)
-          transpose_out(z, step, count, kept, image + channel * a.out.step + first, a.out.step * p.multiplier);
-      }
+      if (direct() || kept == 0) continue;
+      with_activation<A>(p.activation, [&](auto act) {
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t m = 0; m < kept; m += L) store(z + i * step + m, act.value(load(z + i * step + m)));
+      });
+      place(z, count, kept, image, channel, p.multiplier, first);
     }
   }
 
+  // Maps of pixels [first, first + count), dense, to channels channel, channel + stride, ... of the output.
+  void place(const A* maps, int64_t count, int64_t channels, T* image, int64_t channel, int64_t stride,
+             int64_t first) const {
+    const int64_t step = blocks.width;
+    if (!p.channels_last)
+      return transpose_out(maps, step, count, channels, image + channel * a.out.step + first, a.out.step * stride);
+    T* to = image + first * a.out.step + channel;
+    for (int64_t i = 0; i < count; ++i, maps += step, to += a.out.step)
+      for (int64_t m = 0; m < channels; m += L) {
+        const Mask lanes = first_lanes(min_of<int64_t>(L, channels - m));
+        if (stride == 1)
+          store(to + m, load(maps + m), lanes);
+        else
+          store_strided(to + m * stride, stride, load(maps + m), lanes);
+      }
+  }
+
   // Lambdas hold copies: what a store might change would be read again after each.
-  template <class Activate>
-  void to_channels_last(const A* y, int64_t m, int64_t s, int64_t r, int64_t stop, Mask lanes, Mask kept, T* image,
-                        int64_t channel, Activate activate) const {
-    const int64_t step = a.out.step, multiplier = p.multiplier;
-    auto copy = [=, to = image + m](int64_t pixel, Vec<A> v) { store(to + pixel * step, v, lanes); };
-    auto skip = [](int64_t, Vec<A>) {};
-    auto direct = [=, to = image + channel](int64_t pixel, Vec<A> v, Mask) {
+  void cheap_direct(const A* y, int64_t m, int64_t r, int64_t stop, Mask lanes, Mask kept, T* image) const {
+    const int64_t step = a.out.step;
+    const Clamp<A> clamp(p.activation);
+    auto emit = [=, to = image + p.kept_primary() + m](int64_t pixel, Vec<A> v, Mask) {
       __builtin_prefetch(to + (pixel + 32) * step, 1);
-      store(to + pixel * step, activate(v), kept);
+      store(to + pixel * step, clamp(v), kept);
     };
-    auto strided = [=, to = image + channel](int64_t pixel, Vec<A> v, Mask) {
-      store_strided(to + pixel * step, multiplier, activate(v), kept);
-    };
-    const bool copies = p.splice && s == 0;
-    if (multiplier > 1)
-      copies ? cheap_vector(y, m, s, r, stop, strided, copy) : cheap_vector(y, m, s, r, stop, strided, skip);
-    else
-      copies ? cheap_vector(y, m, s, r, stop, direct, copy) : cheap_vector(y, m, s, r, stop, direct, skip);
+    if (p.splice)
+      cheap_vector(y, m, 0, r, stop, emit,
+                   [=, to = image + m](int64_t pixel, Vec<A> v) { store(to + pixel * step, v, lanes); });
+    else if (kept)
+      cheap_vector(y, m, 0, r, stop, emit, [](int64_t, Vec<A>) {});
   }
 
   template <class Emit, class Tee>

@@ -1,11 +1,13 @@
 // Training forward: batch statistics need a round over the primary maps and one over the cheap ones before either can
-// be normalised, but all of it stays inside a channel. So: one product writes the raw primary maps, then every unit (a
-// channel of the whole batch) goes through its rounds at once, in scratch that stays in cache.
+// be normalised. So there are three rounds, each over blocks of one image that stay in cache:
+//   1. the product, which writes the raw primary maps, and their sums
+//   2. primary maps normalised and written, cheap maps in scratch, and their sums
+//   3. primary maps and cheap maps again, in scratch; cheap maps normalised and written
+// To compute the cheap maps twice costs less than the way to memory and back.
 //
-// Memory traffic per pixel: C read, M written and read twice (raw), M + N written; where a unit is too large for the
-// cache, raw is read once more, and the depthwise part computed twice. Saved for backward: raw and the statistics.
-// Results do not depend on the number of threads: a unit is one task, and a product's sums have a fixed order.
-#include "pass.h"
+// Memory traffic per pixel: C read, M written and read twice (raw), M + N written. Saved for backward: raw and the
+// statistics. Results do not depend on the number of threads, see unit.h.
+#include "unit.h"
 
 namespace fif::FIF_ISA {
 namespace {
@@ -30,245 +32,326 @@ class Bias {
   Scratch<A> scale_;
 };
 
-template <class T>
-void raw_planar(const Problem& p, const TrainArgs& a, const Threads& threads) {
-  using A = Compute<T>;
-  const Computed<T> weight(a.primary_weight, p.primary * p.in_channels);
-  const Bias<A> bias(a.primary_bias, p.primary);
-  const int64_t blocks = ceil_div(p.primary, kTileRows), block = ceil_div(p.primary, blocks);
-  const int64_t rows = tile_rows(p, p.in_channels * sizeof(T)), cuts = ceil_div(p.height, rows);
-  parallel(threads, p.batch * cuts, [&](int64_t begin, int64_t end, int) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / cuts, row = task % cuts * rows, pixel = row * p.width;
-      for (int64_t m = 0; m < p.primary; m += block) {
-        Gemm<A, T, T> g{.a = weight.get() + m * p.in_channels,
-                        .a_row = p.in_channels,
-                        .a_k = 1,
-                        .b = static_cast<const T*>(a.x.data) + n * a.x.batch + pixel,
-                        .b_k = a.x.step,
-                        .c = static_cast<T*>(a.raw.data) + n * a.raw.batch + m * a.raw.step + pixel,
-                        .c_row = a.raw.step,
-                        .rows = min_of(block, p.primary - m),
-                        .cols = min_of(rows, p.height - row) * p.width,
-                        .depth = p.in_channels};
-        bias.add_to(g, m, Finish::by_row);
-        gemm(g);
-      }
-    }
-  });
-}
-
-template <class T>
-void raw_channels_last(const Problem& p, const TrainArgs& a, const Threads& threads) {
-  using A = Compute<T>;
-  constexpr int64_t kPixels = 16 * kTileRows;
-  const Transposed<T> weight(a.primary_weight, p.primary, p.in_channels);
-  const Bias<A> bias(a.primary_bias, p.primary);
-  const Scratch<A> wide(sizeof(T) == sizeof(A) ? 0 : threads.count * kPixels * p.in_channels);
-  const int64_t cuts = ceil_div(p.pixels(), kPixels);
-  parallel(threads, p.batch * cuts, [&](int64_t begin, int64_t end, int thread) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / cuts, pixel = task % cuts * kPixels, count = min_of(kPixels, p.pixels() - pixel);
-      const T* x = static_cast<const T*>(a.x.data) + n * a.x.batch + pixel * a.x.step;
-      Gemm<A, A, T> g{.a = nullptr,
-                      .a_row = a.x.step,
-                      .a_k = 1,
-                      .b = weight.get(),
-                      .b_k = p.primary,
-                      .c = static_cast<T*>(a.raw.data) + n * a.raw.batch + pixel * a.raw.step,
-                      .c_row = a.raw.step,
-                      .rows = count,
-                      .cols = p.primary,
-                      .depth = p.in_channels};
-      bias.add_to(g, 0, Finish::by_column);
-      if constexpr (sizeof(T) == sizeof(A)) {
-        g.a = x;
-      } else {
-        A* buffer = wide.get() + thread * kPixels * p.in_channels;
-        widen_lines(x, a.x.step, count, p.in_channels, buffer, p.in_channels);
-        g.a = buffer;
-        g.a_row = p.in_channels;
-      }
-      gemm(g);
-    }
-  });
-}
-
-// Mean and rstd of one channel (of each lane's channel).
-template <class A, bool Planar>
-class Statistics {
- public:
-  Vec<A> mean{}, rstd = splat<A>(1);
-
-  // Frozen ones.
-  Statistics(const Unit<A, Planar>& unit, const Affine& affine, int64_t stride, int64_t offset) : unit_(unit) {
-    if (affine.mean) mean = unit.parameter(static_cast<const A*>(affine.mean), stride, offset);
-    if (affine.rstd) rstd = unit.parameter(static_cast<const A*>(affine.rstd), stride, offset);
-  }
-
-  // Of the batch: call add for every image with value(i), the vector i of its plane, then finish. Sums are taken around
-  // the mean of the first image. That is part of the population, so its distance from the mean of all is at most
-  // sqrt(batch) standard deviations, and the squares lose next to nothing to cancellation, wherever the mean lies.
-  template <class Value>
-  void add(Value value) {
-    if (images_++ == 0) {
-      PairSum<A> sum;
-      unit_.each([&](int64_t, int64_t i, Mask m) { sum.add(keep_lanes(value(i), m), Vec<A>{}); });
-      sum.finish();
-      Total<A, Planar> first;
-      first.add(sum.first);
-      centre_ = first.over(static_cast<double>(unit_.p.pixels()));
-    }
-    PairSum<A> sum;
-    unit_.each([&](int64_t, int64_t i, Mask m) {
-      const Vec<A> d = keep_lanes(value(i) - centre_, m);
-      sum.add(d, d * d);
-    });
-    sum.finish();
-    sums_.add(sum.first);
-    squares_.add(sum.second);
-  }
-
-  void finish(double eps, A* variance, int64_t stride, int64_t offset) {
-    const double count = static_cast<double>(unit_.p.batch * unit_.p.pixels());
-    Vec<A> unbiased{};
-    for (int l = 0; l < kLanes<A>; ++l) {
-      const double shift = sums_.of(l) / count, total = squares_.of(l) - count * shift * shift;
-      mean[l] = static_cast<A>(centre_[l] + shift);
-      rstd[l] = A(1) / sqrt(static_cast<A>(total / count) + static_cast<A>(eps));
-      unbiased[l] = static_cast<A>(total / (count - 1));
-    }
-    unit_.put(variance, unbiased, stride, offset);
-  }
-
- private:
-  const Unit<A, Planar>& unit_;
-  int64_t images_ = 0;
-  Vec<A> centre_{};
-  Total<A, Planar> sums_, squares_;
+// Mean, and sum of squares around it, of one channel (of each lane's channel).
+template <class A>
+struct Moments {
+  Vec<A> mean, squares;
 };
 
-template <class T, bool Planar>
-class UnitForward {
+// Of so many pixels with value(vector, lanes). Sums are taken around the mean of the first eighth. That is part of the
+// population, so its distance from the mean of all is at most sqrt(8) standard deviations, and the squares lose next to
+// nothing to cancellation, wherever the mean lies.
+template <class A, bool Planar, class Value>
+Moments<A> moments(int64_t pixels, Value value) {
+  const int64_t some = min_of(pixels, Planar ? ceil_div(pixels, 8 * kLanes<A>) * kLanes<A> : ceil_div(pixels, 8));
+  PairSum<A> begin, all;
+  each_vector<A, Planar>(some, [&](int64_t i, Mask m) { begin.add(keep_lanes(value(i, m), m), Vec<A>{}); });
+  begin.finish();
+  const Vec<A> centre = Unit<A, Planar>::total(begin.first) / static_cast<A>(some);
+  each_vector<A, Planar>(pixels, [&](int64_t i, Mask m) {
+    const Vec<A> d = keep_lanes(value(i, m) - centre, m);
+    all.add(d, d * d);
+  });
+  all.finish();
+  const Vec<A> shift = Unit<A, Planar>::total(all.first) / static_cast<A>(pixels);
+  return {centre + shift, Unit<A, Planar>::total(all.second) - shift * shift * static_cast<A>(pixels)};
+}
+
+// Moments of a chunk's blocks so far: adds those of `count` more pixels.
+template <class A, bool Planar>
+void add_moments(const ChunkSums& sums, const Unit<A, Planar>& unit, int64_t chunk, int64_t seen, int64_t count,
+                 const Moments<A>& block, int64_t stride, int64_t offset) {
+  double* mean = sums.at(chunk, 0) + unit.channel * stride + offset;
+  double* squares = sums.at(chunk, 1) + unit.channel * stride + offset;
+  const double share = static_cast<double>(count) / static_cast<double>(seen + count);
+  const double weight = static_cast<double>(seen) * share;
+  for (int l = 0; l < unit.count; ++l, mean += stride, squares += stride) {
+    const double m = block.mean[l], s = block.squares[l];
+    if (seen == 0) {
+      *mean = m;
+      *squares = s;
+    } else {
+      const double d = m - *mean;
+      *mean += d * share;
+      *squares += s + d * d * weight;
+    }
+  }
+}
+
+// Mean, rstd and unbiased variance of every channel from the moments of the chunks.
+template <class A>
+void finish_moments(const ChunkSums& sums, const Sweep& sweep, double eps, A* mean, A* rstd, A* variance) {
+  const Scratch<double> memory(2 * sums.channels);
+  double *middle = memory.get(), *total = middle + sums.channels, count = 0;
+  for (int64_t i = 0; i < 2 * sums.channels; ++i) middle[i] = 0;
+  for (int64_t chunk = 0; chunk < sweep.chunks; ++chunk) {
+    const double pixels = static_cast<double>(sweep.pixels(chunk));
+    count += pixels;
+    for (int64_t i = 0; i < sums.channels; ++i) middle[i] += pixels * sums.at(chunk, 0)[i];
+  }
+  for (int64_t i = 0; i < sums.channels; ++i) middle[i] /= count;
+  for (int64_t chunk = 0; chunk < sweep.chunks; ++chunk) {
+    const double pixels = static_cast<double>(sweep.pixels(chunk));
+    for (int64_t i = 0; i < sums.channels; ++i) {
+      const double d = sums.at(chunk, 0)[i] - middle[i];
+      total[i] += sums.at(chunk, 1)[i] + pixels * d * d;
+    }
+  }
+  for (int64_t i = 0; i < sums.channels; ++i) {
+    mean[i] = static_cast<A>(middle[i]);
+    rstd[i] = A(1) / sqrt(static_cast<A>(total[i] / count) + static_cast<A>(eps));
+    variance[i] = static_cast<A>(total[i] / (count - 1));
+  }
+}
+
+// ---- the raw primary maps
+
+template <class T>
+class RawPlanar {
   using A = Compute<T>;
-  struct ScaleAndShift {
-    Vec<A> scale, shift;
-  };
   const Problem& p;
   const TrainArgs& a;
-  const Unit<A, Planar> unit;
-  const int64_t size;
-  const bool keep;  // planes of the whole batch, or of one image at a time
-  A* const y;       // activated primary maps
-  A* const z;       // cheap maps, one of each primary map's
-  const Clamp<A> clamp;
+  const Computed<T> weight;
+  const Bias<A> bias;
+  const int64_t block;
 
  public:
-  static int64_t scratch(const Problem& p) {
-    return 2 * (keeps_planes<A, Planar>(p, 2) ? p.batch : 1) * Unit<A, Planar>::plane_size(p);
-  }
-  UnitForward(const Problem& problem, const TrainArgs& args, int64_t index, A* memory)
-      : p(problem), a(args), unit(problem, index), size(unit.plane_size(problem)), keep(keeps_planes<A, Planar>(p, 2)),
-        y(memory), z(memory + scratch(p) / 2), clamp(p.activation) {}
+  RawPlanar(const Problem& problem, const TrainArgs& args, int64_t, int)
+      : p(problem), a(args), weight(a.primary_weight, p.has_primary ? p.primary * p.in_channels : 0),
+        bias(a.primary_bias, p.primary), block(ceil_div(p.primary, ceil_div(p.primary, kTileRows))) {}
 
-  void run(const A* cheap_weight) {
-    Statistics<A, Planar> stats(unit, a.primary, 1, 0);
-    if (a.primary_batch) {
-      for (int64_t n = 0; n < p.batch; ++n) {
-        const auto raw = raw_plane(n);
-        stats.add([&](int64_t i) { return raw.load(i); });
-      }
-      stats.finish(a.primary_eps, static_cast<A*>(a.primary_variance), 1, 0);
-    }
-    const ScaleAndShift primary = normalisation(stats, a.primary, a.primary_stats, p.primary, 1, 0);
-    for (int64_t s = 0; s < p.multiplier; ++s) cheap(primary, cheap_weight, s);
-  }
-
- private:
-  A* slot(A* planes, int64_t n) const { return planes + (keep ? n : 0) * size; }
-  Plane<const T, Planar> raw_plane(int64_t n) const { return {unit, a.raw, n, unit.channel, 1, p.primary}; }
-
-  ScaleAndShift normalisation(const Statistics<A, Planar>& s, const Affine& affine, void* stats, int64_t channels,
-                              int64_t stride, int64_t offset) const {
-    unit.put(static_cast<A*>(stats), s.mean, stride, offset);
-    unit.put(static_cast<A*>(stats) + channels, s.rstd, stride, offset);
-    Vec<A> scale = s.rstd, shift{};
-    if (affine.weight) scale *= unit.parameter(static_cast<const A*>(affine.weight), stride, offset);
-    if (affine.bias) shift = unit.parameter(static_cast<const A*>(affine.bias), stride, offset);
-    return {scale, shift - s.mean * scale};
-  }
-
-  // Primary maps of one image, and its cheap maps number s before normalisation.
-  void compute(int64_t n, const ScaleAndShift& primary, const Vec<A>* taps, bool fresh, bool emit) const {
-    A* plane = slot(y, n);
-    if (fresh) {
-      const auto raw = raw_plane(n);
-      const Plane<T, Planar> out(unit, a.out, n, unit.channel, 1, emit ? p.primary : 0);
-      unit.each([&](int64_t at, int64_t i, Mask) {
-        const Vec<A> v = activate<A>(raw.load(i) * primary.scale + primary.shift, p.activation, clamp);
-        store(plane + at, v);
-        if (out) out.store(i, v);
-      });
-    }
-    depthwise<A, Planar>(p, plane, slot(z, n), taps, false);
-  }
-
-  void cheap(const ScaleAndShift& primary, const A* weight, int64_t s) {
-    const bool emit = p.splice && s == 0;
-    Vec<A> taps[kMostTaps];
-    load_taps(unit, weight, s, false, taps);
-    Statistics<A, Planar> stats(unit, a.cheap, p.multiplier, s);
-    bool computed = false;
-    if (a.cheap_batch) {
-      for (int64_t n = 0; n < p.batch; ++n) {
-        compute(n, primary, taps, !keep || s == 0, emit);
-        const A* plane = slot(z, n);
-        stats.add([&](int64_t i) { return load(plane + i * unit.kLane); });
-      }
-      stats.finish(a.cheap_eps, static_cast<A*>(a.cheap_variance), p.multiplier, s);
-      computed = keep;
-    }
-    const ScaleAndShift norm = normalisation(stats, a.cheap, a.cheap_stats, p.cheap(), p.multiplier, s);
-    const int64_t first = p.kept_primary() + unit.channel * p.multiplier + s;
-    for (int64_t n = 0; n < p.batch; ++n) {
-      const Plane<T, Planar> out(unit, a.out, n, first, p.multiplier, p.out_channels);
-      if (!out && computed) continue;
-      if (!computed) compute(n, primary, taps, !keep || s == 0, emit && !a.cheap_batch);
-      if (!out) continue;
-      const A* plane = slot(z, n);
-      unit.each([&](int64_t at, int64_t i, Mask) {
-        out.store(i, activate<A>(load(plane + at) * norm.scale + norm.shift, p.activation, clamp));
-      });
+  void operator()(const Work& w) const {
+    const int64_t pixel = w.block.rows.from * p.width, count = w.block.rows.count() * p.width;
+    const T* x = static_cast<const T*>(a.x.data) + w.block.n * a.x.batch + pixel;
+    fetch_rows(x, a.x.step, p.in_channels, count);
+    for (int64_t m = 0; m < p.primary; m += block) {
+      Gemm<A, T, T> g{.a = weight.get() + m * p.in_channels,
+                      .a_row = p.in_channels,
+                      .a_k = 1,
+                      .b = x,
+                      .b_k = a.x.step,
+                      .c = static_cast<T*>(a.raw.data) + w.block.n * a.raw.batch + m * a.raw.step + pixel,
+                      .c_row = a.raw.step,
+                      .rows = min_of(block, p.primary - m),
+                      .cols = count,
+                      .depth = p.in_channels};
+      bias.add_to(g, m, Finish::by_row);
+      gemm(g);
     }
   }
 };
 
-template <class T, bool Planar>
-void normalise_units(const Problem& p, const TrainArgs& a, const Threads& threads) {
+template <class T>
+class RawChannelsLast {
+  using A = Compute<T>;
+  static constexpr bool kWiden = sizeof(T) != sizeof(A);
+  const Problem& p;
+  const TrainArgs& a;
+  const Transposed<T> weight;
+  const Bias<A> bias;
+  const int64_t size;
+  const Scratch<A> wide;
+
+ public:
+  RawChannelsLast(const Problem& problem, const TrainArgs& args, int64_t rows, int threads)
+      : p(problem), a(args), weight(a.primary_weight, p.has_primary ? p.primary : 0, p.in_channels),
+        bias(a.primary_bias, p.primary), size(rows * p.width * p.in_channels), wide(kWiden ? threads * size : 0) {}
+
+  void operator()(const Work& w) const {
+    const int64_t pixel = w.block.rows.from * p.width, count = w.block.rows.count() * p.width;
+    const T* x = static_cast<const T*>(a.x.data) + w.block.n * a.x.batch + pixel * a.x.step;
+    Gemm<A, A, T> g{.a = nullptr,
+                    .a_row = a.x.step,
+                    .a_k = 1,
+                    .b = weight.get(),
+                    .b_k = p.primary,
+                    .c = static_cast<T*>(a.raw.data) + w.block.n * a.raw.batch + pixel * a.raw.step,
+                    .c_row = a.raw.step,
+                    .rows = count,
+                    .cols = p.primary,
+                    .depth = p.in_channels};
+    bias.add_to(g, 0, Finish::by_column);
+    fetch_rows(x, a.x.step, count, p.in_channels);
+    if constexpr (kWiden) {
+      A* buffer = wide.get() + w.thread * size;
+      widen_lines(x, a.x.step, count, p.in_channels, buffer, p.in_channels);
+      g.a = buffer;
+      g.a_row = p.in_channels;
+    } else {
+      g.a = x;
+    }
+    gemm(g);
+  }
+};
+
+// ---- units
+
+template <class T, bool Planar, class Act>
+class UnitForward {
   using A = Compute<T>;
   using U = Unit<A, Planar>;
-  const Computed<T> cheap_weight(a.cheap_weight, p.cheap() * p.kernel * p.kernel);
-  const int64_t each = UnitForward<T, Planar>::scratch(p);
-  const Scratch<A> scratch(min_of<int64_t>(threads.count, U::count(p)) * each);
-  parallel(threads, U::count(p), [&](int64_t begin, int64_t end, int thread) {
-    for (int64_t u = begin; u < end; ++u)
-      UnitForward<T, Planar>(p, a, u, scratch.get() + thread * each).run(cheap_weight.get());
+  const Problem& p;
+  const TrainArgs& a;
+  const A* const cheap_weight;  // [K * K, cheap maps]
+  const ScaleShift<A>& primary;
+  const int64_t y_size, z_size, size;
+  const Scratch<A> memory;
+  const Act act;
+
+ public:
+  UnitForward(const Problem& problem, const TrainArgs& args, const Sweep& sweep, int threads, const A* weight,
+              const ScaleShift<A>& primary_norm, const Act& activation)
+      : p(problem), a(args), cheap_weight(weight), primary(primary_norm),
+        y_size(U::size((sweep.rows() + 2 * (p.kernel / 2)) * p.width)), z_size(U::size(sweep.rows() * p.width)),
+        size(y_size + z_size), memory(threads * size), act(activation) {}
+
+  // Statistics of the cheap maps; writes the primary ones.
+  void sum(const Work& w, const ChunkSums& sums) const {
+    const U unit(p, w.unit);
+    const Strip<A> y = primary_maps(w, unit, p.splice);
+    for (int64_t s = 0; s < p.multiplier; ++s) {
+      const A* z = cheap_maps(w, unit, y, s);
+      const int64_t pixels = w.block.rows.count() * p.width;
+      add_moments(sums, unit, w.chunk, w.seen, pixels,
+                  moments<A, Planar>(pixels, [&](int64_t i, Mask) { return load(z + i * U::kLane); }), p.multiplier, s);
+    }
+  }
+
+  // Writes the cheap maps, and the primary ones where nobody did.
+  void finish(const Work& w, const ScaleShift<A>& cheap, bool emit_primary) const {
+    const U unit(p, w.unit);
+    const Strip<A> y = primary_maps(w, unit, emit_primary);
+    for (int64_t s = 0; s < p.multiplier; ++s) {
+      const Plane<T, Planar> out(p, unit, a.out, w.block, p.kept_primary() + unit.channel * p.multiplier + s,
+                                 p.multiplier, p.out_channels);
+      if (!out) return;
+      A* z = cheap_maps(w, unit, y, s);
+      const Vec<A> scale = unit.parameter(cheap.scale(), p.multiplier, s);
+      const Vec<A> shift = unit.parameter(cheap.shift(), p.multiplier, s);
+      out.write(z, [&](int64_t i, Mask) { return act.value(load(z + i * U::kLane) * scale + shift); });
+    }
+  }
+
+ private:
+  A* scratch(const Work& w) const { return memory.get() + w.thread * size; }
+
+  // Activated, with as many rows around as the cheap part reads.
+  Strip<A> primary_maps(const Work& w, const U& unit, bool emit) const {
+    const Strip<A> y{scratch(w), w.block.rows.widened(p.kernel / 2, p)};
+    const Vec<A> scale = unit.parameter(primary.scale()), shift = unit.parameter(primary.shift());
+    const auto raw =
+        Plane<const T, Planar>(p, unit, a.raw, {w.block.n, y.rows}, unit.channel, 1, p.primary).read(y.data);
+    each_vector<A, Planar>(y.rows.count() * p.width, [&](int64_t i, Mask m) {
+      store(y.data + i * U::kLane, act.value(raw.load(i, m) * scale + shift));
+    });
+    if (!emit) return y;
+    A* own = y.data + (w.block.rows.from - y.rows.from) * p.width * U::kPixel;
+    Plane<T, Planar>(p, unit, a.out, w.block, unit.channel, 1, p.primary).write(own, [&](int64_t i, Mask) {
+      return load(own + i * U::kLane);
+    });
+    return y;
+  }
+
+  // Before normalisation.
+  A* cheap_maps(const Work& w, const U& unit, const Strip<A>& y, int64_t s) const {
+    Vec<A> taps[kMostTaps];
+    load_taps(p, unit, cheap_weight, s, false, taps);
+    const Strip<A> z{scratch(w) + y_size, w.block.rows};
+    depthwise<A, Planar>(p, {y.data, y.rows}, z, taps);
+    return z.data;
+  }
+};
+
+// Mean and rstd to normalise with: the batch's, or the given ones; kept for backward in `stats` [2, channels].
+template <class A>
+Affine statistics(const Affine& given, bool batch, const ChunkSums& sums, const Sweep& sweep, double eps, void* stats,
+                  void* variance, int64_t channels) {
+  A *mean = static_cast<A*>(stats), *rstd = mean + channels;
+  if (batch) {
+    finish_moments(sums, sweep, eps, mean, rstd, static_cast<A*>(variance));
+  } else {
+    for (int64_t i = 0; i < channels; ++i) {
+      mean[i] = value_or<A>(given.mean, i, 0);
+      rstd[i] = value_or<A>(given.rstd, i, 1);
+    }
+  }
+  return {mean, rstd, given.weight, given.bias};
+}
+
+template <class T, bool Planar>
+void sum_raw(const Problem& p, const TrainArgs& a, const Work& w, const ChunkSums& sums, Compute<T>* stage) {
+  using A = Compute<T>;
+  using U = Unit<A, Planar>;
+  const int64_t pixels = w.block.rows.count() * p.width;
+  for (int64_t u = 0; u < U::number(p); ++u) {
+    const U unit(p, u);
+    const auto raw = Plane<const T, Planar>(p, unit, a.raw, w.block, unit.channel, 1, p.primary).read(stage);
+    add_moments(sums, unit, w.chunk, w.seen, pixels,
+                moments<A, Planar>(pixels, [&](int64_t i, Mask m) { return raw.load(i, m); }), 1, 0);
+  }
+}
+
+// Round 1, by the layout of the maps.
+template <class T, bool Planar>
+void raw_maps(const Problem& p, const TrainArgs& a, const Sweep& sweep, int threads, const ChunkSums& sums) {
+  using A = Compute<T>;
+  const bool planar = planar_units<A>(p);
+  const int64_t size = Planar && !planar ? Unit<A, false>::size(sweep.rows() * p.width) : 0;
+  const Scratch<A> stages(threads * size);
+  const std::conditional_t<Planar, RawPlanar<T>, RawChannelsLast<T>> product(p, a, sweep.rows(), threads);
+  if (!p.has_primary && !a.primary_batch) return;  // raw is there, and nobody asks for its sums
+  sweep.run([&](const Work& w) {
+    if (p.has_primary) product(w);
+    if (!a.primary_batch) return;
+    if (Planar && planar)
+      sum_raw<T, Planar>(p, a, w, sums, nullptr);
+    else
+      sum_raw<T, false>(p, a, w, sums, stages.get() + w.thread * size);
   });
+}
+
+// Rounds 2 and 3, by what the lanes of a unit are.
+template <class T, bool Planar>
+void normalise_units(const Problem& p, const TrainArgs& a, const Threads& threads,
+                     const ScaleShift<Compute<T>>& primary) {
+  using A = Compute<T>;
+  const Transposed<T> cheap_weight(a.cheap_weight, p.cheap(), int64_t(p.kernel) * p.kernel);
+  const Sweep sweep(p, threads, unit_rows<A, Planar>(p), Unit<A, Planar>::number(p));
+  const ChunkSums sums(a.cheap_batch ? sweep.chunks : 0, 2, p.cheap());
+  with_activation<A>(p.activation, [&](const auto& act) {
+    const UnitForward<T, Planar, std::decay_t<decltype(act)>> unit(p, a, sweep, threads.count, cheap_weight.get(),
+                                                                   primary, act);
+    if (a.cheap_batch) sweep.run([&](const Work& w) { unit.sum(w, sums); });
+    const ScaleShift<A> cheap(
+        statistics<A>(a.cheap, a.cheap_batch, sums, sweep, a.cheap_eps, a.cheap_stats, a.cheap_variance, p.cheap()),
+        p.cheap());
+    sweep.run([&](const Work& w) { unit.finish(w, cheap, p.splice && !a.cheap_batch); });
+  });
+}
+
+template <class T>
+void train_in(const Problem& p, const TrainArgs& a, const Threads& threads) {
+  using A = Compute<T>;
+  const int64_t bytes = p.in_channels * sizeof(T);
+  const Sweep sweep(p, threads, p.channels_last ? product_rows<false>(p, bytes) : product_rows<true>(p, bytes), 1);
+  const ChunkSums sums(a.primary_batch ? sweep.chunks : 0, 2, p.primary);
+  if (p.channels_last)
+    raw_maps<T, false>(p, a, sweep, threads.count, sums);
+  else
+    raw_maps<T, true>(p, a, sweep, threads.count, sums);
+  const ScaleShift<A> primary(statistics<A>(a.primary, a.primary_batch, sums, sweep, a.primary_eps, a.primary_stats,
+                                            a.primary_variance, p.primary),
+                              p.primary);
+  if (planar_units<A>(p))
+    normalise_units<T, true>(p, a, threads, primary);
+  else
+    normalise_units<T, false>(p, a, threads, primary);
 }
 
 }  // namespace
 
 void train(const Problem& p, const TrainArgs& a, const Threads& threads) {
-  with_format(p.dtype, [&](auto format) {
-    using T = typename decltype(format)::type;
-    if (p.channels_last) {
-      raw_channels_last<T>(p, a, threads);
-      normalise_units<T, false>(p, a, threads);
-    } else {
-      raw_planar<T>(p, a, threads);
-      normalise_units<T, true>(p, a, threads);
-    }
-  });
+  with_format(p.dtype, [&](auto format) { train_in<typename decltype(format)::type>(p, a, threads); });
 }
 
 }  // namespace fif::FIF_ISA

@@ -68,6 +68,16 @@ class _Reference(Backend):
     namespace = ""
 
 
+class AnyPrimary(Backend):
+    """Takes any primary convolution: what the kernels do not fuse, torch's convolution does before them."""
+
+    def fuses_primary(self, problem: Problem) -> bool:
+        primary = problem.primary_weight
+        # A block of the kernels works on maps of one group: few maps would leave it idle.
+        wide_groups = problem.groups == 1 or primary.shape[0] >= 8 * problem.groups
+        return primary.shape[2] == primary.shape[3] == 1 and problem.padding == 0 and wide_groups
+
+
 class _Kernels(Backend):
     """The binary kernels of one kind of device."""
 
@@ -95,34 +105,22 @@ class _Kernels(Backend):
         return "x is empty" if x.numel() == 0 else ""
 
     def primary_reason(self, problem: Problem) -> str:
-        """Why the operators cannot do the primary convolution, or ""."""
-        primary, stride, padding, groups = problem.primary_weight, problem.stride, problem.padding, problem.groups
-        if primary.shape[2] != 1 or primary.shape[3] != 1 or padding != 0:
-            return f"the primary kernel is {primary.shape[2]}x{primary.shape[3]}, padding {padding}, not 1x1 without"
-        if stride != 1:
-            return f"the primary stride is {stride}, not 1"
-        return "" if groups == 1 else f"the primary convolution has {groups} groups, not 1"
+        """Why the operators cannot take the primary maps, or ""."""
+        return ""
 
 
-class _Cpu(_Kernels):
+class _Cpu(AnyPrimary, _Kernels):
     name = device = "cpu"
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     cheap_sizes = (1, 3, 5, 7)
+
+    def fuses_primary(self, problem: Problem) -> bool:
+        return problem.stride == problem.groups == 1 and super().fuses_primary(problem)
 
     def unavailable(self) -> str:
         if not ops.LOADED:
             return ops.ERROR
         return "" if ops.CPU_ISA in ops.CPU_ISAS else ops.CPU_ISA
-
-
-class AnyPrimary(Backend):
-    """Takes any primary convolution: what the kernels do not fuse, torch's convolution does before them."""
-
-    def fuses_primary(self, problem: Problem) -> bool:
-        primary = problem.primary_weight
-        # A block of the kernels works on maps of one group: few maps would leave it idle.
-        wide_groups = problem.groups == 1 or primary.shape[0] >= 8 * problem.groups
-        return primary.shape[2] == primary.shape[3] == 1 and problem.padding == 0 and wide_groups
 
 
 class _Cuda(AnyPrimary, _Kernels):
