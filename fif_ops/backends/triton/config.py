@@ -94,9 +94,10 @@ def _product(unit: Unit) -> list[Config]:
     if unit.dtype == torch.float32:
         # In NCHW, narrow loads of 128 pixels take more registers than newer compilers have.
         return [Config(channels, 128 if unit.last else 64, 32, 8, 2), Config(channels, 64, 32, 4, 3)]
-    # Sums of 64 channels by 128 pixels, and their statistics, take all registers of four warps.
+    # Sums of 64 channels by 128 pixels, and their statistics, take all registers that four warps have.
     warps = 4 if _vector(unit) == 8 and channels < 64 else 8
-    return [Config(channels, 128, 32, warps, 3), Config(channels, 256, 32, 8, 3), Config(channels, 64, 64, 4, 3)]
+    wide = Config(min(channels, 32), 256, 32, 8, 3)
+    return [Config(channels, 128, 32, warps, 3), wide, Config(channels, 64, 64, 4, 3)]
 
 
 def _expand(unit: Unit) -> list[Config]:
@@ -139,15 +140,18 @@ def _fused(unit: Unit) -> list[Config]:
     fma = _is_fma(unit)
     channels = power_of_two(unit.group_maps, 16, 16 if fma else 32)
     depth = 16 if fma else 32
-    places = 128 if unit.dtype == torch.float32 else 256
+    # Loads of single elements take many registers.
+    narrow = (_vector(unit) if unit.last else divisor(unit.width)) == 1
+    places = 128 if narrow or unit.dtype == torch.float32 else 256
     best = halo_configs(unit, channels, places)
-    more = halo_configs(unit, channels, 2 * places)[:1]
+    larger = not narrow and (unit.last or unit.dtype == torch.float32)  # else it would spill
+    more = halo_configs(unit, channels, 2 * places if larger else places // 2)[:1]
     return [c._replace(depth=depth, warps=8, stages=2) for c in best + more]
 
 
 def _cheap_backward(unit: Unit) -> list[Config]:
     # Values of one channel, a dozen of them, take as many registers as the tile: few places a thread, or they spill.
-    best = halo_configs(unit, 8, 256) + halo_configs(unit, 16, 128)[:1]
+    best = halo_configs(unit, 8, 256) + halo_configs(unit, 16 if unit.last else 8, 128)[:1]
     return [c._replace(warps=8) for c in best]
 
 
