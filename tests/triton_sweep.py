@@ -18,6 +18,7 @@ CASES = {
     "narrow": {"channels": 72, "maps": 12, "size": 56, "activation": "hardswish"},
     "deep": {"channels": 960, "maps": 80, "size": 7},
     "wide": {"channels": 112, "maps": 336, "size": 14},
+    "odd maps": {"channels": 160, "maps": 480, "size": 7},
     "large maps": {"channels": 16, "maps": 8, "size": 112},
     "stride": {"stride": 2, "activation": "relu6"},
     "maps of another convolution": {"primary": False},
