@@ -1,6 +1,7 @@
 """What all tests share: the same random numbers every time, and no time limit per hypothesis example; and which of
 them go to which process, where pytest-xdist runs them in several (make test)."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,11 @@ def pytest_xdist_make_scheduler(config, log):
 
     config.option.loadscopereorder = False  # which would have those with the most tests come first
     return ByUnit(config, log)
+
+
+def pytest_configure():
+    # A pytest that a test starts is no worker, which pytest-benchmark would take it for.
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 
 def pytest_collection_modifyitems(config, items):
