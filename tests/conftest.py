@@ -18,6 +18,7 @@ UNITS = (
     ("test_isa.py",),
     ("test_triton_kernels.py",),
     ("test_accuracy.py",),
+    ("test_build.py",),
     ("test_gpu_script.py",),
     ("test_cusim.py",),
 )
