@@ -92,8 +92,9 @@ def _product(unit: Unit) -> list[Config]:
     if _is_fma(unit):
         return [Config(channels, 64, 16, 4 if _vector(unit) == 8 else 8, 2), Config(channels, 128, 16, 8, 2)]
     if unit.dtype == torch.float32:
-        # In NCHW, narrow loads of 128 pixels take more registers than newer compilers have.
-        return [Config(channels, 128 if unit.last else 64, 32, 8, 2), Config(min(channels, 32), 64, 32, 4, 3)]
+        # In NCHW, narrow loads take registers: no more than 64 pixels then, and by 8 warps.
+        few = Config(min(channels, 32), 64, 32, 4 if unit.last else 8, 3)
+        return [Config(channels, 128 if unit.last else 64, 32, 8, 2), few]
     # Sums of 64 channels by 128 pixels, and their statistics, take all registers that four warps have.
     warps = 4 if _vector(unit) == 8 and channels < 64 else 8
     wide = Config(min(channels, 32), 256, 32, 8, 3)
