@@ -26,7 +26,7 @@ demo: $(LIBRARY)  ## train and compare a network with the reference and the fuse
 	$(PY) -m fif_ops demo $(ARGS)
 
 test: compiler $(LIBRARY) $(SANITIZED)  ## all tests, the sanitized kernels included
-	$(PY) -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 $(ARGS)
 
 bench: $(LIBRARY)  ## all benchmarks; keep the machine idle meanwhile
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)

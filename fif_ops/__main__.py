@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     tune.add_arguments(
         commands.add_parser(
             "tune",
-            help="measure the Triton kernels on this machine's GPU and keep the best configurations",
+            help="measure the Triton kernels and the backends on this machine's GPU and keep the best",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
     )

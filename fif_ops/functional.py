@@ -131,7 +131,7 @@ def resolve(
     wants_grad = wants_gradients((*convolutions, norm1.weight, norm1.bias, norm2.weight, norm2.bias))
     cuts_primary = splice and out_channels < maps
     problem = backends.Problem(x, primary_weight, cheap_weight, stride, padding, groups, cuts_primary)
-    chosen = backends.choose(problem, backend)
+    chosen = backends.choose(problem, backend, wants_grad or norm1.training or norm2.training)
     if chosen is backends.REFERENCE:
         composition = functools.partial(
             compose, x, primary_weight, cheap_weight, primary_bias=primary_bias, cheap_bias=cheap_bias,

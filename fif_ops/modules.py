@@ -120,15 +120,21 @@ def explain(module: FusedFiF, x: Tensor) -> Explanation:
     cheap: Any = module.cheap_operation[0]
     # A unit makes ceil(out_channels / ratio) primary maps, which are never more than out_channels.
     problem = backends.Problem(x, primary.weight, cheap.weight, module.stride, module.padding, module.groups, False)
-    forced = backends.wanted(None)
-    candidates = [backends.BACKENDS[forced]] if forced else list(backends.BACKENDS.values())
-    refused = tuple((b.name, b.reason(problem)) for b in candidates if b.reason(problem))
-    chosen = next((b for b in candidates if not b.reason(problem)), None)
-    if chosen is None:
-        return Explanation("none", refused)
     norms = [_norm(stage[1]) for stage in (module.primary_conv, module.cheap_operation)]
     trains = functional.wants_gradients((x, *module.parameters())) or any(n is not None and n.training for n in norms)
-    return Explanation(chosen.name, refused, tuple(chosen.plan(problem, module.out_channels, module.splice, trains)))
+    forced = backends.wanted(None)
+    candidates = (backends.BACKENDS[forced],) if forced else backends.order(problem, trains)
+    able = [b for b in candidates if not b.reason(problem)]
+    refused = [(b.name, b.reason(problem)) for b in candidates if b not in able]
+    if not able:
+        return Explanation("none", tuple(refused))
+    chosen = able[0]
+    if chosen is backends.measured(problem, trains):
+        slower = [b.name for b in able[1:] if b is not backends.REFERENCE]
+        refused += [(name, f"{chosen.name} was faster, says {backends.tuned.cache_path()}") for name in slower]
+    return Explanation(
+        chosen.name, tuple(refused), tuple(chosen.plan(problem, module.out_channels, module.splice, trains))
+    )
 
 
 def _geometry(conv: Any) -> tuple[Any, ...]:

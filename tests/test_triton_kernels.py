@@ -15,7 +15,7 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is not installed (pip install triton)", exc_type=ImportError)
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton_offline import check_compiled, launches_of, specialised  # noqa: E402
+from triton_offline import NO_SPILLS, check_compiled, compiled, launches_of, specialised  # noqa: E402
 
 from fif_ops.backends.triton import config  # noqa: E402
 
@@ -56,6 +56,23 @@ def test_compiled_in_nchw(monkeypatch):
 def test_compiled_for_float32(monkeypatch):
     for launch in launches_of(monkeypatch, torch.float32, True):
         check_compiled(launch, 80, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("last", "operator", "options"),
+    [
+        (False, "infer", {"channels": 160, "maps": 480, "size": 7}),  # loads of single elements
+        (True, "train", {"channels": 112, "maps": 336, "size": 14}),  # the largest tiles
+    ],
+    ids=["odd maps", "wide"],
+)
+def test_products_that_need_the_most_registers(last, operator, options, monkeypatch):
+    made = launches_of(monkeypatch, torch.float16, last, (operator,), **options)
+    products = [launch for launch in made if launch.name in ("fused_kernel", "product_kernel")]
+    assert products
+    for launch in products:
+        found = compiled(launch, 100)
+        assert found.spilled == 0 or not NO_SPILLS, f"{launch.name}: {found}"
 
 
 # ---- launches

@@ -1,7 +1,8 @@
 """Who can run a unit, and why not.
 
 One predicate per backend answers both questions: the automatic choice takes the first backend that can run the problem,
-an explicit choice raises the reason of one that cannot. The reference runs everything.
+an explicit choice raises the reason of one that cannot. The reference runs everything. The first to be asked is the one
+that ``python -m fif_ops tune`` found to be the fastest on this GPU, where it measured.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from .. import ops
 from ..reference import memory_format_of
+from . import tuned
 
 
 class Problem(NamedTuple):
@@ -171,8 +173,9 @@ class _Cuda(AnyPrimary, _Kernels):
 
 
 from .triton import Triton  # noqa: E402  (after the base class that it needs)
+from .triton.host import power_of_two  # noqa: E402
 
-# The binary kernels first, until a measurement says otherwise; Triton takes those units on a GPU that they refuse, and
+# The binary kernels first, where no measurement says otherwise; Triton takes those units on a GPU that they refuse, and
 # CPU tensors only where it is interpreted.
 _ORDER: tuple[Backend, ...] = (_Cuda(), _Cpu(), Triton(), _Reference())
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ORDER}
@@ -207,13 +210,38 @@ def wanted(backend: str | None) -> str | None:
     return _checked(name, "FIF_OPS_BACKEND") if name else None
 
 
-def choose(problem: Problem, backend: str | None = None) -> Backend:
+def bucket(problem: Problem, trains: bool) -> str:
+    """Units that share a measured choice of backend: nothing of them changes from batch to batch."""
+    x, primary, cheap, stride, padding, groups, cuts = problem
+    kind = str(x.dtype).removeprefix("torch.")
+    if x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+        kind = "tf32"
+    layout = "last" if memory_format_of(x) == torch.channels_last else "nchw"
+    sizes = "x".join(str(power_of_two(n, 16, 512)) for n in (primary.shape[1], primary.shape[0]))
+    primary_kind = f"{primary.shape[2]}s{stride}p{padding}g{groups}{' cut' if cuts else ''}"
+    made = f"{sizes} primary {primary_kind} cheap {cheap.shape[2]}"
+    return f"backend {'training' if trains else 'inference'} {kind} {layout} {made}"
+
+
+def measured(problem: Problem, trains: bool) -> Backend | None:
+    """The backend that was the fastest for such units on this device, where that was measured."""
+    device = problem.x.device
+    return BACKENDS.get(tuned.fastest(device, bucket(problem, trains))) if tuned.any_choice(device) else None
+
+
+def order(problem: Problem, trains: bool) -> tuple[Backend, ...]:
+    """All backends, in the order in which this problem takes the first that can run it."""
+    best = measured(problem, trains)
+    return _ORDER if best is None else (best, *(backend for backend in _ORDER if backend is not best))
+
+
+def choose(problem: Problem, backend: str | None = None, trains: bool = False) -> Backend:
     """The backend that runs the problem. Raises ValueError if the one asked for cannot."""
     name = wanted(backend)
     if name is not None:
         BACKENDS[name].can_run(problem, raise_error=True)
         return BACKENDS[name]
-    chosen = next(candidate for candidate in _ORDER if not candidate.reason(problem))
+    chosen = next(candidate for candidate in order(problem, trains) if not candidate.reason(problem))
     if chosen is REFERENCE and not ops.LOADED:
         _tell_once()
     return chosen

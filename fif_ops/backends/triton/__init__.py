@@ -87,7 +87,11 @@ triton_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _reason() -> str:
-    if importlib.util.find_spec("triton") is None:
+    try:
+        installed = importlib.util.find_spec("triton") is not None
+    except ValueError:  # somebody put another module of this name into sys.modules
+        installed = False
+    if not installed:
         return "Triton is not installed (pip install triton)"
     versions = [_version_of(name) for name in ("triton", "pytorch-triton")]
     version = next((v for v in versions if v), "")
@@ -96,8 +100,12 @@ def _reason() -> str:
     try:
         for module in ("forward", "backward"):
             importlib.import_module(f"{__name__}.{module}")
+        if not INTERPRETED and torch.cuda.is_available():
+            # Compiles what Triton calls the GPU's driver by: better refused now than at the first launch.
+            importlib.import_module("triton.runtime").driver.active.get_current_target()
     except Exception as error:  # a broken Triton must not take the package with it
-        return f"Triton {version} does not work here ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        return f"Triton {version} does not work here ({what[:200]})"
     return ""
 
 

@@ -1,22 +1,18 @@
 """Which configuration a kernel runs with: a rule on bucketed shapes, and what ``python -m fif_ops tune`` measured.
 
 Every bucket has a short list of candidates; the rule's choice comes first. The tuner times them on the GPU at hand and
-keeps the best in a cache file, which is read once, at the first launch. Nothing is ever measured implicitly.
+keeps the best in a cache file (fif_ops/backends/tuned.py). Nothing is ever measured implicitly.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from .. import tuned
 from .host import Unit, cdiv, divisor, power_of_two
-
-FORMAT = 1  # of the cache file; a file of another format is ignored
 
 
 class Config(NamedTuple):
@@ -36,52 +32,11 @@ class Config(NamedTuple):
         return self.tile[1] - 2 * self.halo[0], self.tile[2] - 2 * self.halo[1]
 
 
-def cache_path() -> Path:
-    """FIF_OPS_CACHE if it is set, else a file in the user's cache directory."""
-    named = os.environ.get("FIF_OPS_CACHE", "")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME", "") or Path.home() / ".cache"
-    return Path(base) / "fif_ops" / "triton.json"
-
-
-@functools.cache
-def _measured(path: Path) -> dict[str, dict[str, int]]:
-    """{device name: {bucket: number of the best candidate}}; a file that cannot be read counts as empty."""
-    try:
-        content = json.loads(path.read_text())
-        fits = content["format"] == FORMAT and all(isinstance(known, dict) for known in content["choices"].values())
-        return content["choices"] if fits else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
 def reset() -> None:
-    """Back to what the cache file and the rules say."""
+    """Back to what the cache file, read anew, and the rules say."""
     _forced.clear()
-    forget()
-
-
-def forget() -> None:
-    """Reads the cache file anew at the next launch."""
-    for cached in (_measured, pick, inference):
+    for cached in (tuned.choices, pick, inference):
         cached.cache_clear()
-
-
-def save(path: Path, device_name: str, choices: dict[str, int]) -> None:
-    """Adds the choices for a device to the cache file."""
-    forget()
-    known = dict(_measured(path))
-    known[device_name] = {**known.get(device_name, {}), **choices}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps({"format": FORMAT, "choices": known}, indent=1, sort_keys=True))
-    fresh.replace(path)
-    forget()
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 _forced: dict[str, int] = {}  # bucket -> candidate, while the tuner measures
@@ -109,7 +64,7 @@ def bucket(kernel: str, unit: Unit) -> str:
 def choice(kernel: str, unit: Unit, device: torch.device, count: int, rule: int = 0) -> int:
     """Number of the candidate to use, of ``count``: forced, measured, or the rule's."""
     name = bucket(kernel, unit)
-    number = _forced.get(name, _measured(cache_path()).get(_device_name(device), {}).get(name, rule))
+    number = _forced.get(name, tuned.choices(device).get(name, rule))
     return number if isinstance(number, int) and 0 <= number < count else rule
 
 
@@ -137,10 +92,13 @@ def _product(unit: Unit) -> list[Config]:
     if _is_fma(unit):
         return [Config(channels, 64, 16, 4 if _vector(unit) == 8 else 8, 2), Config(channels, 128, 16, 8, 2)]
     if unit.dtype == torch.float32:
-        # In NCHW, narrow loads of 128 pixels take more registers than newer compilers have.
-        return [Config(channels, 128 if unit.last else 64, 32, 8, 2), Config(channels, 64, 32, 4, 3)]
-    warps = 4 if _vector(unit) == 8 else 8
-    return [Config(channels, 128, 32, warps, 3), Config(channels, 256, 32, 8, 3), Config(channels, 64, 64, 4, 3)]
+        # In NCHW, narrow loads take registers: no more than 64 pixels then, and by 8 warps.
+        few = Config(min(channels, 32), 64, 32, 4 if unit.last else 8, 3)
+        return [Config(channels, 128 if unit.last else 64, 32, 8, 2), few]
+    # Sums of 64 channels by 128 pixels, and their statistics, take all registers that four warps have.
+    warps = 4 if _vector(unit) == 8 and channels < 64 else 8
+    wide = Config(min(channels, 32), 256, 32, 8, 3)
+    return [Config(channels, 128, 32, warps, 3), wide, Config(channels, 64, 64, 4, 3)]
 
 
 def _expand(unit: Unit) -> list[Config]:
@@ -183,15 +141,18 @@ def _fused(unit: Unit) -> list[Config]:
     fma = _is_fma(unit)
     channels = power_of_two(unit.group_maps, 16, 16 if fma else 32)
     depth = 16 if fma else 32
-    places = 128 if unit.dtype == torch.float32 else 256
+    # Loads of single elements take many registers.
+    narrow = (_vector(unit) if unit.last else divisor(unit.width)) == 1
+    places = 128 if narrow or unit.dtype == torch.float32 else 256
     best = halo_configs(unit, channels, places)
-    more = halo_configs(unit, channels, 2 * places)[:1]
+    larger = not narrow and (unit.last or unit.dtype == torch.float32)  # else it would spill
+    more = halo_configs(unit, channels, 2 * places if larger else places // 2)[:1]
     return [c._replace(depth=depth, warps=8, stages=2) for c in best + more]
 
 
 def _cheap_backward(unit: Unit) -> list[Config]:
     # Values of one channel, a dozen of them, take as many registers as the tile: few places a thread, or they spill.
-    best = halo_configs(unit, 8, 256) + halo_configs(unit, 16, 128)[:1]
+    best = halo_configs(unit, 8, 256) + halo_configs(unit, 16 if unit.last else 8, 128)[:1]
     return [c._replace(warps=8) for c in best]
 
 
