@@ -420,7 +420,9 @@ BAD = {
     "groups too many": ({"groups": 3}, ValueError, ["groups=3", "(4, 3, 1, 1)"]),
     "groups broken": ({"groups": 1.5}, TypeError, ["groups", "1.5"]),
     "backend unknown": ({"backend": "gpu"}, ValueError, ["backend", "'gpu'", "'cpu'", "'reference'"]),
-    "backend unable": ({"backend": "cpu", "stride": 2}, ValueError, ["backend='cpu'", "stride is 2"]),
+    "backend unable": (
+        {"backend": "cpu", "cheap_weight": torch.zeros(len(W1), 1, 9, 9)}, ValueError, ["backend='cpu'", "size is 9"]
+    ),
     "backend unable to cut": ({"backend": "cpu", "out_channels": 3}, ValueError, ["backend='cpu'", "out_channels"]),
     "backend no name": ({"backend": 3}, (TypeError, ValueError), ["backend", "3"]),
     "no rows": ({"x": X[:, :, :0]}, (RuntimeError, ValueError), ["0 x 4"]),
