@@ -391,6 +391,23 @@ def test_halo_is_zero_after_the_activation(layout, kernel, dtype):
 # ---- sizes and threads
 
 
+@both_layouts
+@both_modes
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+def test_rows_that_fill_a_tile_alone(kernel, training, layout):
+    for width, maps in ((1500, 12), (403, 41)):
+        chosen = problem(
+            in_channels=3,
+            out_channels=2 * maps,
+            cheap_kernel_size=kernel,
+            placement=layout,
+            height=4,
+            width=width,
+            batch=1,
+        )
+        check_problem(chosen, torch.float32, training)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @both_layouts

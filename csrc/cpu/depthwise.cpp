@@ -17,9 +17,9 @@ void forward(int width, Strip<const A> in, Strip<A> out, const Vec<A>* taps) {
   } else {
     Vec<A> vectors[K * K];
     for (int t = 0; t < K * K; ++t) vectors[t] = taps[t];
-    depthwise_channels<K, true, A>(
-        in.data, kLanes<A>, kAll, height, width, first, stop, vectors, Vec<A>{}, [](int64_t, Vec<A>) {},
-        [&](int64_t pixel, Vec<A> v, Mask) { store(base + pixel * kLanes<A>, v); });
+    depthwise_channels<K, A>(
+        in.data, kLanes<A>, height, width, first, stop, vectors, Vec<A>{}, [](int64_t, Vec<A>) {},
+        [&](int64_t pixel, Vec<A> v) { store(base + pixel * kLanes<A>, v); });
   }
 }
 

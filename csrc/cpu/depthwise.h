@@ -1,6 +1,6 @@
 // The cheap part: K x K depthwise correlation, stride 1, zero padding, over one plane or over one vector of channels.
 //
-// Both forms call emit(flat pixel, value, mask) with start + the sum; scales belong into the taps. A block of outputs
+// Both forms call emit(flat pixel, value, [mask]) with start + the sum; scales belong into the taps. A block of outputs
 // shares its loads: R rows of one column vector read R + K - 1 rows for R * K rows of multiply-adds. The halo is never
 // read: masked lanes stand for the zeros around the (already activated) map. A block that would be cut off begins
 // earlier instead, so some values are emitted twice. Limit: the multiply-add units, 9 of about 11 operations for K = 3.
@@ -112,20 +112,20 @@ FIF_INLINE void depthwise_plane(const In* in, int height, int width, int r0, int
 
 // ---- lanes along channels: pixel p of the map at in + p * step
 
-template <int K, int Q, bool Whole, class A, class In, class Tee, class Emit>
-FIF_INLINE void channel_row(const In* in, int64_t step, Mask mask, int height, int width, int r, int c,
-                            const Vec<A> (&taps)[K * K], Vec<A> start, Tee& tee, Emit& emit) {
+template <int K, int Q, class A, class Tee, class Emit>
+FIF_INLINE void channel_row(const A* in, int64_t step, int height, int width, int r, int c, const Vec<A> (&taps)[K * K],
+                            Vec<A> start, Tee& tee, Emit& emit) {
   constexpr int P = K / 2;
   Vec<A> acc[Q];
   FIF_UNROLL for (int i = 0; i < Q; ++i) acc[i] = start;
   FIF_UNROLL for (int dy = 0; dy < K; ++dy) {
     const int row = r + dy - P;
     if (dy != P && (row < 0 || row >= height)) continue;
-    const In* p = in + (int64_t)row * width * step;
+    const A* p = in + (int64_t)row * width * step;
     FIF_UNROLL for (int k = 0; k < Q + K - 1; ++k) {
       const int column = c - P + k;
       if ((k < P && column < 0) || (k >= Q + P && column >= width)) continue;
-      const Vec<A> v = Whole ? load(p + column * step) : load(p + column * step, mask);
+      const Vec<A> v = load(p + column * step);
       if (dy == P && k >= P && k < Q + P) tee((int64_t)r * width + column, v);
       FIF_UNROLL for (int dx = 0; dx < K; ++dx) {
         const int out = k - dx;
@@ -133,17 +133,18 @@ FIF_INLINE void channel_row(const In* in, int64_t step, Mask mask, int height, i
       }
     }
   }
-  FIF_UNROLL for (int i = 0; i < Q; ++i) emit((int64_t)r * width + c + i, acc[i], mask);
+  FIF_UNROLL for (int i = 0; i < Q; ++i) emit((int64_t)r * width + c + i, acc[i]);
 }
 
-// Rows [r0, r1); taps are K * K vectors, one lane a channel; tee(flat pixel, value) gets the input itself. Rows below 0
-// and from `height` on count as zeros, so a window of a larger map may be given by a pointer to its row 0.
-template <int K, bool Whole, class A, class In, class Tee, class Emit>
-FIF_INLINE void depthwise_channels(const In* in, int64_t step, Mask mask, int height, int width, int r0, int r1,
+// Rows [r0, r1) of whole vectors in the compute type; taps are K * K vectors, one lane a channel; tee(flat pixel,
+// value) gets the input itself. Rows below 0 and from `height` on count as zeros, so a window of a larger map may be
+// given by a pointer to where its row 0 would be.
+template <int K, class A, class Tee, class Emit>
+FIF_INLINE void depthwise_channels(const A* in, int64_t step, int height, int width, int r0, int r1,
                                    const Vec<A> (&taps)[K * K], Vec<A> start, Tee tee, Emit emit) {
   for (int r = r0; r < r1; ++r)
     in_blocks<kBlock<A, K>>(0, width, [&](int c, auto columns) {
-      channel_row<K, decltype(columns)::value, Whole, A>(in, step, mask, height, width, r, c, taps, start, tee, emit);
+      channel_row<K, decltype(columns)::value, A>(in, step, height, width, r, c, taps, start, tee, emit);
     });
 }
 

@@ -61,7 +61,7 @@ struct PrimaryMaps {
   PrimaryMaps(const Problem& p, const InferArgs& a, int64_t slots)
       : scratch(p.splice ? 0 : slots * p.primary * p.pixels()) {
     map = a.out;
-    if (!p.splice) map = {scratch.get(), p.primary * p.pixels(), p.channels_last ? p.primary : p.pixels()};
+    if (!p.splice) map = {scratch.get(), p.primary * p.pixels(), p.pixels()};
   }
   T* at(const Problem& p, const Place& at) const {
     return static_cast<T*>(map.data) + (p.splice ? at.n : at.slot) * map.batch;
@@ -318,7 +318,7 @@ class ChannelWise {
 
  private:
   int64_t tile() const {
-    constexpr int64_t kBytes = 64 * 1024, kLeast = 4 * P;
+    constexpr int64_t kBytes = 64 * 1024, kLeast = P == 0 ? 1 : 4 * P;
     const int64_t fit = kBytes / (p.width * blocks.width * int64_t(sizeof(A)));
     return fit + 2 * P >= p.height ? p.height : min_of(p.height, max_of(fit, kLeast));
   }
@@ -431,7 +431,7 @@ class ChannelWise {
         else if (m < kept)
           cheap_vector(
               y + m, m0 + m, s, r, stop,
-              [=, to = z + m - first * step](int64_t pixel, Vec<A> v, Mask) { store(to + pixel * step, v); },
+              [=, to = z + m - first * step](int64_t pixel, Vec<A> v) { store(to + pixel * step, v); },
               [](int64_t, Vec<A>) {});
       }
       if (direct() || kept == 0) continue;
@@ -464,7 +464,7 @@ class ChannelWise {
   void cheap_direct(const A* y, int64_t m, int64_t r, int64_t stop, Mask lanes, Mask kept, T* image) const {
     const int64_t step = a.out.step;
     const Clamp<A> clamp(p.activation);
-    auto emit = [=, to = image + p.kept_primary() + m](int64_t pixel, Vec<A> v, Mask) {
+    auto emit = [=, to = image + p.kept_primary() + m](int64_t pixel, Vec<A> v) {
       __builtin_prefetch(to + (pixel + 32) * step, 1);
       store(to + pixel * step, clamp(v), kept);
     };
@@ -480,8 +480,7 @@ class ChannelWise {
     const A* constants = parameters.cheap(m, s);
     Vec<A> taps[K * K];
     FIF_UNROLL for (int t = 0; t < K * K; ++t) taps[t] = load(constants + t * L);
-    depthwise_channels<K, true, A>(y, blocks.width, kAll, p.height, p.width, r, stop, taps, load(constants + K * K * L),
-                                   tee, emit);
+    depthwise_channels<K, A>(y, blocks.width, p.height, p.width, r, stop, taps, load(constants + K * K * L), tee, emit);
   }
 };
 
