@@ -40,7 +40,7 @@ def can_prepare(call: Call, given: Convolutions) -> bool:
 class PreparedCall:
     """The operator call that a unit's forward came to, without x."""
 
-    __slots__ = ("arguments", "device", "dtype", "held", "hooks", "operator", "options", "sizes")
+    __slots__ = ("arguments", "choices", "device", "dtype", "held", "hooks", "operator", "options", "sizes")
 
     def __init__(self, unit: nn.Module, call: Call) -> None:
         x, *convolutions = call.convolutions
@@ -53,6 +53,7 @@ class PreparedCall:
         plain = (options.stride, options.groups) == (1, 1)
         self.options = {} if plain else {"stride": options.stride, "groups": options.groups}
         self.dtype, self.device = x.dtype, x.device
+        self.choices = backends.tuned.choices(x.device)
         modules = list(unit.modules())
         self.hooks = tuple(module.__dict__[name] for module in modules[1:] for name in _HOOKS)
         self.sizes = [(module._modules, len(module._modules)) for module in modules if module._modules]
@@ -78,7 +79,7 @@ class PreparedCall:
         for entries, size in self.sizes:
             if len(entries) != size:
                 return False
-        return backends.wanted(None) is None
+        return backends.tuned.choices(x.device) is self.choices and backends.wanted(None) is None
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.operator(x, *self.arguments, **self.options)

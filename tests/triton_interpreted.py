@@ -516,14 +516,15 @@ def test_tuning_keeps_the_fastest_that_is_right(monkeypatch):
     monkeypatch.setattr(tune, "milliseconds", lambda run, rounds, flush: float(next(times)))
     shape = tune.Shape(8, 8, 5, 2, F32, True)
     known: dict[str, int] = {}
-    tune.measure(shape, torch.device("cpu"), 1, torch.empty(0), known)
+    inputs = tune.random_inputs(shape, torch.device("cpu"))
+    tune.measure(shape, inputs, 1, torch.empty(0), known)
     assert len(known) == 5 and max(known.values()) > 0
     x = torch.empty(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
     u = host.unit_of(x, torch.empty(8, 8, 1, 1), torch.empty(8, 1, 3, 3), 16, 4, True, 1, 1, False)
     assert all(known[config.bucket(k, u)] == config.candidate_count(k, u) - 1 for k in ("infer", *config.CANDIDATES))
     monkeypatch.setattr(tune, "wrong", lambda *_: True)
     with pytest.raises(RuntimeError, match="gives the right result"):
-        tune.measure(shape, torch.device("cpu"), 1, torch.empty(0), {})
+        tune.measure(shape, inputs, 1, torch.empty(0), {})
 
 
 @pytest.fixture(autouse=True)
