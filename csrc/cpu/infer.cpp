@@ -353,6 +353,25 @@ class ChannelWise {
     }
   }
 
+  // Of the block at channel m, for pixels of x.
+  template <class X, class Weight>
+  Gemm<X, Weight, A> product(const X* x, const Weight* weight, int64_t m, int64_t pixels, A* y) const {
+    return {.a = x,
+            .a_row = x_pixel,
+            .a_k = x_channel,
+            .b = weight,
+            .b_k = blocks.width,
+            .c = y,
+            .c_row = blocks.width,
+            .rows = pixels,
+            .cols = blocks.width,
+            .depth = p.in_channels,
+            .finish = Finish::by_column,
+            .scale = parameters.scale(m),
+            .shift = parameters.shift(m),
+            .activation = p.activation};
+  }
+
   void primary(int64_t n, int64_t m, int64_t row, int64_t stop, A* y, A* wide) const {
     const T* x = static_cast<const T*>(a.x.data) + n * a.x.batch + row * p.width * x_pixel;
     const int64_t pixels = (stop - row) * p.width;
@@ -360,37 +379,12 @@ class ChannelWise {
 #if defined(FIF_BF16_DOT)
     if constexpr (sizeof(T) == 2)
       if (parameters.paired(p)) {
-        gemm(Gemm<bf16, bf16_pair, float>{.a = reinterpret_cast<const bf16*>(x),
-                                          .a_row = x_pixel,
-                                          .a_k = 1,
-                                          .b = reinterpret_cast<const bf16_pair*>(parameters.primary(m)),
-                                          .b_k = blocks.width,
-                                          .c = y,
-                                          .c_row = blocks.width,
-                                          .rows = pixels,
-                                          .cols = blocks.width,
-                                          .depth = p.in_channels,
-                                          .finish = Finish::by_column,
-                                          .scale = parameters.scale(m),
-                                          .shift = parameters.shift(m),
-                                          .activation = p.activation});
+        gemm(product(reinterpret_cast<const bf16*>(x), reinterpret_cast<const bf16_pair*>(parameters.primary(m)), m,
+                     pixels, y));
         return;
       }
 #endif
-    Gemm<A, A, A> g{.a = nullptr,
-                    .a_row = x_pixel,
-                    .a_k = x_channel,
-                    .b = parameters.primary(m),
-                    .b_k = blocks.width,
-                    .c = y,
-                    .c_row = blocks.width,
-                    .rows = pixels,
-                    .cols = blocks.width,
-                    .depth = p.in_channels,
-                    .finish = Finish::by_column,
-                    .scale = parameters.scale(m),
-                    .shift = parameters.shift(m),
-                    .activation = p.activation};
+    Gemm<A, A, A> g = product<A, A>(nullptr, parameters.primary(m), m, pixels, y);
     if constexpr (sizeof(T) == sizeof(A)) {
       g.a = x;
       gemm(g);

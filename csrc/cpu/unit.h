@@ -88,19 +88,6 @@ void gather_pixels(const T* in, int64_t step, int channels, int64_t pixels, Comp
     FIF_UNROLL for (int k = 0; k < L; ++k) if (k < width) store(out + (i + k) * L, square[k]);
   }
 }
-template <class T>
-void scatter_pixels(const Compute<T>* in, T* out, int64_t step, int channels, int64_t pixels) {
-  using A = Compute<T>;
-  constexpr int L = kLanes<A>;
-  for (int64_t i = 0; i < pixels; i += L) {
-    const int64_t width = min_of<int64_t>(L, pixels - i);
-    const Mask across = first_lanes(width);
-    Vec<A> square[L];
-    FIF_UNROLL for (int k = 0; k < L; ++k) square[k] = k < width ? load(in + (i + k) * L) : Vec<A>{};
-    transpose_square<A>(square);
-    FIF_UNROLL for (int k = 0; k < L; ++k) if (k < channels) store(out + k * step + i, square[k], across);
-  }
-}
 
 // A unit's pixels in an activation tensor; channels are `stride` apart, and those at or after `limit` do not exist:
 // they load as zero and are not stored. Where a unit is a vector of channels and the tensor NCHW, the pixels pass
@@ -154,7 +141,7 @@ class Plane {
       else
         store(data_ + i * step_, v, m);
     });
-    if (staged_) scatter_pixels(stage, data_, step_, channels_, pixels_);
+    if (staged_) transpose_out(stage, kLane, pixels_, channels_, data_, step_);
   }
 
  private:
