@@ -68,8 +68,15 @@ class Norm:
     def from_stats(self, stats: Tensor) -> None:
         self.source, self.slots, self.origin = stats, 0, STATS
 
+    @property
+    def steps(self) -> bool:
+        """Whether the running statistics take a step: there are some, and the batch's to step to."""
+        return self.origin == PARTIALS and self.mean is not None and self.momentum != 0.0
+
     def finish(self) -> None:
-        """Copies updated running statistics back where they could not be updated in place."""
+        """Copies running statistics back that took a step where they could not take it in place."""
+        if not self.steps:  # frozen ones stay as they are, to the last digit
+            return
         for running, dense in zip(self.running, (self.mean, self.var), strict=True):
             if running is not None and dense is not None and dense.data_ptr() != running.data_ptr():
                 running.copy_(dense)
@@ -77,7 +84,7 @@ class Norm:
 
 class _Identity:
     conv_bias = weight = bias = mean = var = source = None
-    eps, slots, origin, momentum = 0.0, 0, NONE, 0.0
+    eps, slots, origin, momentum, steps = 0.0, 0, NONE, 0.0, False
 
 
 def run_product(
@@ -219,8 +226,8 @@ def run_expand(
         ACTIVATION2=unit.activation,
         FROM1=norm1.origin,
         FROM2=norm2.origin,
-        UPDATE1=norm1.origin == PARTIALS and norm1.mean is not None and norm1.momentum != 0.0,
-        UPDATE2=norm2.origin == PARTIALS and norm2.mean is not None and norm2.momentum != 0.0,
+        UPDATE1=norm1.steps,
+        UPDATE2=norm2.steps,
         WRITE_PRIMARY=write_primary and unit.kept_primary > 0,
     )
     return partials
