@@ -1,6 +1,7 @@
 """The Triton kernels without a GPU: results, by their interpreter, and what the compiler makes of them.
 
-The interpreted tests are those of triton_interpreted.py, in a process of their own; triton_sweep.py compiles more.
+The interpreted tests are those of triton_interpreted.py and triton_repaired.py, in a process of their own;
+triton_sweep.py compiles more.
 """
 
 import os
@@ -30,11 +31,12 @@ def no_cache_file(tmp_path, monkeypatch):
     config.reset()
 
 
-@pytest.mark.skipif(triton.__version__ < "3.7", reason="the interpreter of Triton 3.6 fails with numpy 2.4")
+@pytest.mark.skipif(triton.__version__.startswith("3.6."), reason="the interpreter of Triton 3.6 fails with numpy 2.4")
 def test_interpreted_kernels():
-    """Every test of triton_interpreted.py; its last lines are the message if one fails."""
+    """Every test of both files; the last lines are the message if one fails."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_interpreted.py")]
+    files = [HERE / "triton_repaired.py", HERE / "triton_interpreted.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
     done = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 

@@ -2,17 +2,21 @@
 
 ``repair`` (once a process, TRITON_INTERPRET=1 set before Triton is imported):
   - products of bfloat16 blocks multiply bit patterns: their factors are widened first;
-  - other bfloat16 arithmetic works on bit patterns too: refused, kernels must compute in float32;
+  - all other arithmetic on bfloat16, reductions too, works on bit patterns: refused, kernels must compute in float32;
+  - casts from float32 to bfloat16 cut digits off, and both ways spoil tiny numbers: rounded to nearest, as on GPUs;
   - casts between whole numbers and bfloat16 move bit patterns: refused;
   - a scalar comparison spread over a block becomes a wider integer: narrowed again.
 ``checked`` watches every launch in its block and raises ``Violation`` for
   - accesses outside the elements of the tensors that were passed (gaps of strided views are outside too);
   - two lanes of one store, or two programs of a launch, writing one element;
   - a program reading what another one writes in the same launch, or writing what another one reads;
-  - a program reading, or overwriting, in one lane what another lane wrote or read, with no barrier between.
+  - a program reading or overwriting what it wrote, with no barrier between: the thread that has a lane may be another
+    one in every access;
+  - a program overwriting in one lane what another lane read, with no barrier between.
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,10 +38,44 @@ def widened(handle: Any) -> Any:
     return handle
 
 
+def rounded(values: np.ndarray) -> np.ndarray:
+    """float32 as bits of bfloat16, to nearest, ties to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return np.where(np.isnan(values), 0x7FC0, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+# Operations that move bfloat16 values without calculating, and those that are repaired below.
+MOVES = re.compile(
+    "create_((masked_|tensor_pointer_)?(load|store)|select|(un)?splat|broadcast|expand_dims|reshape|trans|join|split|cat"
+    "|gather|bitcast|fabs|print|dot|fp_to_fp|fp_ext|fp_trunc)"
+)
+
+
 def repair() -> None:
     if getattr(Builder, "repaired", False):
         return
-    dot, splat, binary, cast = Builder.create_dot, Builder.create_splat, Builder.binary_op, Builder.cast_impl
+    Builder.repaired = True
+    dot, splat, cast, to_float = Builder.create_dot, Builder.create_splat, Builder.cast_impl, Builder.create_fp_to_fp
+    apply = interpreter.ReduceScanOpInterface.apply
+
+    def refusing(operation):
+        def create(self, *arguments, **options):
+            handles = [a for a in (*arguments, *options.values()) if isinstance(a, interpreter.TensorHandle)]
+            if any(handle.dtype.scalar == tl.bfloat16 for handle in handles):
+                raise TypeError("bfloat16 arithmetic is wrong in the interpreter: cast to float32 first")
+            return operation(self, *arguments, **options)
+
+        return create
+
+    for name in dir(Builder):
+        if name.startswith("create_") and not MOVES.fullmatch(name):
+            setattr(Builder, name, refusing(getattr(Builder, name)))
+
+    def refusing_apply(self, values):
+        for value in values if isinstance(values, tuple) else (values,):
+            if value.dtype.scalar == tl.bfloat16:
+                raise TypeError("reductions of bfloat16 are wrong in the interpreter: cast to float32 first")
+        return apply(self, values)
 
     def create_dot(self, a, b, *rest):
         return dot(self, widened(a), widened(b), *rest)
@@ -49,28 +87,30 @@ def repair() -> None:
             return handle
         return interpreter.TensorHandle(handle.data.astype(wanted), kind.scalar)
 
-    def binary_op(self, left, right, operation):
-        if tl.bfloat16 in (left.dtype.scalar, right.dtype.scalar):
-            raise TypeError("bfloat16 arithmetic is wrong in the interpreter: cast to float32 first")
-        return binary(self, left, right, operation)
-
     def cast_impl(self, source, kind):
-        kinds = {source.dtype.scalar, kind.scalar}
-        if tl.bfloat16 in kinds and not kinds <= {tl.bfloat16, tl.float32}:
+        kinds = (source.dtype.scalar, kind.scalar)
+        if tl.bfloat16 in kinds and not {*kinds} <= {tl.bfloat16, tl.float32}:
             raise TypeError(f"casts between {source.dtype} and {kind} are wrong in the interpreter: go by float32")
-        return cast(self, source, kind)
+        if kinds == (tl.float32, tl.bfloat16):
+            return interpreter.TensorHandle(rounded(source.data), tl.bfloat16)
+        return widened(source) if kinds == (tl.bfloat16, tl.float32) else cast(self, source, kind)
 
-    Builder.create_dot, Builder.create_splat, Builder.binary_op, Builder.cast_impl = (
+    def create_fp_to_fp(self, source, kind, rounding):
+        if tl.bfloat16 in (source.dtype.scalar, kind.scalar) and rounding != interpreter._ir.ROUNDING_MODE.RTZ:
+            return cast_impl(self, source, kind)
+        return to_float(self, source, kind, rounding)
+
+    Builder.create_dot, Builder.create_splat, Builder.cast_impl, Builder.create_fp_to_fp = (
         create_dot,
         create_splat,
-        binary_op,
         cast_impl,
+        create_fp_to_fp,
     )
-    Builder.repaired = True
+    interpreter.ReduceScanOpInterface.apply = refusing_apply
 
 
 class Shadow:
-    """What happened to each element of one storage in this launch: which program, in which lane, since which barrier."""
+    """What happened to each element of one storage in this launch: by which program and lane, after which barrier."""
 
     NOBODY, SEVERAL = -1, -2
 
@@ -80,7 +120,7 @@ class Shadow:
         count = storage.nbytes() // self.size
         self.end = self.start + count * self.size
         self.passed = np.zeros(count, bool)
-        self.writer, self.write_lane, self.write_epoch = (np.full(count, self.NOBODY, np.int64) for _ in range(3))
+        self.writer, self.write_epoch = (np.full(count, self.NOBODY, np.int64) for _ in range(2))
         self.reader, self.read_lane, self.read_epoch = (np.full(count, self.NOBODY, np.int64) for _ in range(3))
 
     def add(self, tensor: torch.Tensor) -> None:
@@ -128,11 +168,8 @@ class Watch:
             writer = shadow.writer[i]
             if ((writer != shadow.NOBODY) & (writer != self.program)).any():
                 raise Violation(f"{shadow.name}: program {self.program} reads what another one wrote")
-            fresh = (writer == self.program) & (shadow.write_epoch[i] == self.epoch)
-            if (fresh & (shadow.write_lane[i] != lanes)).any():
-                raise Violation(
-                    f"{shadow.name}: program {self.program} reads what another lane wrote, with no barrier between"
-                )
+            if ((writer == self.program) & (shadow.write_epoch[i] == self.epoch)).any():
+                raise Violation(f"{shadow.name}: program {self.program} reads what it wrote, with no barrier between")
             other = (shadow.reader[i] != shadow.NOBODY) & (shadow.reader[i] != self.program)
             again = (
                 (shadow.reader[i] == self.program)
@@ -155,12 +192,12 @@ class Watch:
             if ((reader != shadow.NOBODY) & (reader != self.program)).any():
                 raise Violation(f"{shadow.name}: program {self.program} writes what another one reads")
             read = (reader == self.program) & (shadow.read_epoch[i] == self.epoch) & (shadow.read_lane[i] != lanes)
-            wrote = (writer == self.program) & (shadow.write_epoch[i] == self.epoch) & (shadow.write_lane[i] != lanes)
+            wrote = (writer == self.program) & (shadow.write_epoch[i] == self.epoch)
             if (read | wrote).any():
                 raise Violation(
-                    f"{shadow.name}: program {self.program} overwrites what another lane uses, with no barrier between"
+                    f"{shadow.name}: program {self.program} overwrites what a lane uses, with no barrier between"
                 )
-            shadow.writer[i], shadow.write_lane[i], shadow.write_epoch[i] = self.program, lanes, self.epoch
+            shadow.writer[i], shadow.write_epoch[i] = self.program, self.epoch
 
 
 @contextlib.contextmanager
@@ -168,7 +205,7 @@ def checked() -> Iterator[None]:
     watch = Watch()
     names = ("create_masked_load", "create_masked_store", "create_barrier", "set_grid_idx")
     load, store, barrier, place = (getattr(Builder, name) for name in names)
-    call, covered = Executor.__call__, hasattr(Builder, "create_atomic_rmw")
+    call = Executor.__call__
 
     def create_masked_load(self, pointers, mask, *rest):
         watch.load(pointers, mask)
@@ -187,7 +224,7 @@ def checked() -> Iterator[None]:
         watch.epoch += 1
         return place(self, *index)
 
-    def refuse(self, *_):
+    def refuse(self, *_, **__):
         raise Violation("an atomic operation: sums would depend on the order of programs")
 
     def __call__(self, *arguments, **options):
@@ -195,9 +232,10 @@ def checked() -> Iterator[None]:
         try:
             return call(self, *arguments, **options)
         except interpreter.InterpreterError as error:
-            if isinstance(error.__cause__, Violation):
-                raise error.__cause__ from None
-            raise
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, Violation):  # one more for each function called
+                cause = cause.__cause__
+            raise (cause or error) from None
 
     patch = {
         "create_masked_load": create_masked_load,
@@ -205,8 +243,7 @@ def checked() -> Iterator[None]:
         "create_barrier": create_barrier,
         "set_grid_idx": set_grid_idx,
     }
-    if covered:
-        patch["create_atomic_rmw"] = refuse
+    patch |= {name: refuse for name in dir(Builder) if name.startswith("create_atomic_")}
     before = {name: getattr(Builder, name) for name in patch}
     for name, function in patch.items():
         setattr(Builder, name, function)
