@@ -200,8 +200,32 @@ def python(program: str, **environment: str) -> str:
     ).stdout.strip()
 
 
-def test_importing_the_package_leaves_triton_alone():
-    assert python("import sys, fif_ops, fif_ops.backends.triton; print('triton' in sys.modules)") == "False"
+def test_the_package_leaves_triton_alone_without_a_gpu():
+    """On import, and where a unit runs, trains and is explained on the processor."""
+    program = """
+import sys, torch, fif_ops, fif_ops.backends.triton, fif_ops.info
+imported = ['triton' in sys.modules]
+unit, x = fif_ops.FusedFiF(3, 6), torch.randn(2, 3, 5, 5)
+unit(x).sum().backward()
+fif_ops.explain(unit, x), fif_ops.info.collect()
+print(imported, 'triton' in sys.modules, 'fif_ops.backends.triton.forward' in sys.modules)
+"""
+    assert python(program, CUDA_VISIBLE_DEVICES="") == "[False] False False"
+
+
+def test_amd_gpus_are_refused(monkeypatch):
+    """torch calls them cuda too, and Triton runs there: but other options, warps of 64, and nothing was tried."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "AMD" in backend.Triton().unavailable()
+
+
+def test_tune_without_a_gpu_in_one_line():
+    command = [sys.executable, "-m", "fif_ops", "tune"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (tune.FAILED, "")
+    assert done.stderr == "nothing to tune: torch finds no NVIDIA GPU\n"
 
 
 def test_operators_are_declared_without_triton():

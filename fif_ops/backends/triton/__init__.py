@@ -123,6 +123,8 @@ class Triton(AnyPrimary):
     def unavailable(self) -> str:
         if not INTERPRETED and not torch.cuda.is_available():
             return "torch finds no NVIDIA GPU"
+        if torch.version.hip is not None:
+            return "torch is built for AMD GPUs, for which the kernels were never compiled"
         return triton_reason()
 
     def reason(self, problem: Problem) -> str:
