@@ -260,9 +260,26 @@ def test_one_quiet_reason(case):
     assert message in said and "\n" not in said
 
 
-def test_reasons_of_problems():
-    x = torch.randn(2, 3, 4, 4)
-    problem = Problem(x, x.new_empty(4, 3, 1, 1), x.new_empty(4, 1, 3, 3), 1, 0, 1, False)
+def a_problem(x=(2, 3, 4, 4), cheap=(4, 1, 3, 3), dtype=torch.float32, device="cpu") -> Problem:
+    x = torch.empty(x, dtype=dtype, device=device)
+    return Problem(x, x.new_empty(4, 3, 1, 1), x.new_empty(cheap), 1, 0, 1, False)
+
+
+def test_reasons_of_problems(monkeypatch):
+    problem = a_problem()
     chosen = backend.Triton()
     assert "not on cuda" in chosen.reason(problem)
     assert chosen.fuses_primary(problem) and not chosen.fuses_primary(problem._replace(padding=1))
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+    monkeypatch.setattr(backend, "triton_reason", lambda: "")
+    assert chosen.reason(problem) == "" and chosen.can_run(problem)
+    for changed, message in (
+        ({"dtype": torch.float64}, "x is torch.float64, not one of torch.float32"),
+        ({"cheap": (4, 2, 3, 3)}, "reads 2 primary maps, not 1"),
+        ({"cheap": (4, 1, 7, 7)}, "size is 7, not one of 3, 5"),
+        ({"x": (0, 3, 4, 4)}, "x is empty"),
+        ({"device": "meta"}, "x is on meta"),
+    ):
+        assert message in chosen.reason(a_problem(**changed))
+    monkeypatch.setattr(backend, "triton_reason", lambda: "Triton is not installed")
+    assert chosen.reason(problem) == "Triton is not installed"
