@@ -39,9 +39,9 @@ UNIT_PACE = timing.Pace(0.8, 9, 151, 0.04)
 NETWORK_PACE = timing.Pace(4.0, 7, 101, 0.2)
 
 RUNTIMES = ("onnxruntime", "openvino", "litert")
-INFERENCE = ("fused", "eager", "compile", *RUNTIMES)
-CHANNELS_LAST = ("fused nhwc", "eager nhwc", "compile nhwc", "openvino nhwc")
-CURVES = ("fused", "eager nhwc", "onnxruntime", "openvino nhwc", "litert")
+INFERENCE = ("fused", "frozen", "eager", "compile", *RUNTIMES)
+CHANNELS_LAST = ("fused nhwc", "frozen nhwc", "eager nhwc", "compile nhwc", "openvino nhwc")
+CURVES = ("fused", "frozen", "eager nhwc", "onnxruntime", "openvino nhwc", "litert")
 # AOTInductor runs the kernels that compile runs, with less to do at each call, and takes 10 s to compile a unit: on
 # these only, and in the layout in which compile is faster.
 AOTI = ("aoti nhwc",)
@@ -72,9 +72,9 @@ def items(quick: bool = False) -> list[Item]:
     step = partial(network_task, 32, 16 if quick else 128, training=True)
     found = [Item("inference", partial(unit_task, s), INFERENCE + AOTI * (s in AHEAD), compiling=6.0) for s in shapes]
     found += [Item("network", network, INFERENCE, pace=NETWORK_PACE, compiling=80.0)]
-    found += [Item("host", partial(unit_task, HOST_SHAPE), ("fused", "eager", *RUNTIMES))]
+    found += [Item("host", partial(unit_task, HOST_SHAPE), ("fused", "frozen", "eager", *RUNTIMES))]
     found += [Item("host", partial(unit_task, HOST_SHAPE, training=True), ("fused", "eager"))]
-    found += [Item("spatial", partial(unit_task, s), ("fused", "eager", *RUNTIMES)) for s in spatial]
+    found += [Item("spatial", partial(unit_task, s), ("fused", "frozen", "eager", *RUNTIMES)) for s in spatial]
     bf16 = partial(unit_task, precision=BF16)
     found += [Item("inference bf16", partial(bf16, s), CHANNELS_LAST, compiling=3.0) for s in shapes]
     for training in (False, True):

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fif_ops import FeatureAugment, FusedFiF, backends, explain
+from fif_ops import FeatureAugment, FusedFiF, backends, explain, freeze
 
 from . import runtimes
 from .checks import differentiable, running_statistics
@@ -94,6 +94,10 @@ def make_fused(task: Task, channels_last: bool) -> Step:
     return torch_step(task, fused, channels_last)
 
 
+def make_frozen(task: Task, channels_last: bool) -> Step:
+    return torch_step(task, freeze, channels_last)
+
+
 def make_eager(task: Task, channels_last: bool) -> Step:
     return torch_step(task, lambda module: module, channels_last)
 
@@ -104,6 +108,12 @@ def make_compiled(task: Task, channels_last: bool) -> Step:
     # fullgraph: a graph break, or one compilation too many, must be an error, not a silent return to eager mode.
     compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True, options=options)
     return torch_step(task, compiled, channels_last)
+
+
+def _cannot_freeze(task: Task) -> str:
+    if task.x.device.type != "cpu":
+        return "freezing is for the processor"
+    return runtimes.no_inference(task)
 
 
 def _fused_unavailable() -> str:
@@ -138,6 +148,7 @@ PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         *both_layouts("fused", make_fused, unavailable=_fused_unavailable),
+        *both_layouts("frozen", make_frozen, unavailable=_fused_unavailable, refuses=_cannot_freeze),
         *both_layouts("eager", make_eager),
         *both_layouts("compile", make_compiled, unavailable=compiler_unavailable, default_in=("inference",)),
         *both_layouts("aoti", runtimes.make_aoti, **AOTI),

@@ -45,11 +45,14 @@ class Column(NamedTuple):
     """A ratio that tables show: the best time of a family, or of all rivals, over that of the fused unit.
 
     ``channels_last`` admits that layout, or the other one, alone on both sides; None takes the better layout of each.
+    The fused unit is the frozen one where that was measured, since the rivals' weights are constants too; ``live`` asks
+    for the one that reads its weights at every call.
     """
 
     title: str
     family: str | None = None
     channels_last: bool | None = None
+    live: bool = False
 
     def fastest(self, peers: Mapping[str, dict]) -> tuple[str, float] | None:
         """Name and seconds of the fastest rival in the column."""
@@ -62,8 +65,10 @@ class Column(NamedTuple):
 
     def ours(self, peers: Mapping[str, dict]) -> float | None:
         """Seconds of the fused unit, in the column's layout."""
-        fused = (peer["median"] for peer in peers.values() if peer["family"] == "fused" and self._admits(peer))
-        return min(fused, default=None)
+        admitted = [peer for peer in peers.values() if self._admits(peer)]
+        frozen = not self.live and any(peer["family"] == "frozen" for peer in admitted)
+        family = "frozen" if frozen else "fused"
+        return min((peer["median"] for peer in admitted if peer["family"] == family), default=None)
 
     def _admits(self, peer: dict) -> bool:
         return self.channels_last in (None, peer["channels_last"])
@@ -79,11 +84,12 @@ class Row(NamedTuple):
 
 def columns(records: Sequence[dict]) -> list[Column]:
     """One column for each family of rivals, then all rivals together: in any layout, and layout by layout."""
-    families = dict.fromkeys(
-        peer["family"] for record in records for peer in record["peers"].values() if is_rival(peer)
-    )
+    peers = [peer for record in records for peer in record["peers"].values()]
+    families = dict.fromkeys(peer["family"] for peer in peers if is_rival(peer))
+    frozen = any(peer["family"] == "frozen" for peer in peers)
     return [
         *(Column(f"vs {family}", family) for family in families),
+        *([Column("live vs best", live=True)] if frozen else []),
         Column("vs best"),
         Column("nchw vs best nchw", channels_last=False),
         Column("nhwc vs best nhwc", channels_last=True),
@@ -93,7 +99,7 @@ def columns(records: Sequence[dict]) -> list[Column]:
 def is_rival(peer: dict) -> bool:
     """Whether a peer competes with the fused unit; not so other ways to run that, nor replayed graphs, which need
     the same of both."""
-    return not peer["family"].startswith("fused") and not peer["family"].endswith("graph")
+    return not peer["family"].startswith(("fused", "frozen")) and not peer["family"].endswith("graph")
 
 
 def row(record: dict, wanted: Sequence[Column]) -> Row:

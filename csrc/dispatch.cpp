@@ -6,13 +6,17 @@
 
 namespace fif {
 
-#define FIF_DECLARE(isa)                                              \
-  namespace isa {                                                     \
-  void infer(const Problem&, const InferArgs&, const Threads&);       \
-  void train(const Problem&, const TrainArgs&, const Threads&);       \
-  void backward(const Problem&, const BackwardArgs&, const Threads&); \
-  }                                                                   \
-  static const Kernels isa##_kernels{#isa, isa::infer, isa::train, isa::backward};
+#define FIF_DECLARE(isa)                                                                                  \
+  namespace isa {                                                                                         \
+  void infer(const Problem&, const InferArgs&, const Threads&);                                           \
+  void train(const Problem&, const TrainArgs&, const Threads&);                                           \
+  void backward(const Problem&, const BackwardArgs&, const Threads&);                                     \
+  int64_t packed_bytes(const Problem&);                                                                   \
+  void pack(const Problem&, const InferArgs&, void*);                                                     \
+  void pool(const Problem&, const InferArgs&, const Threads&);                                            \
+  }                                                                                                       \
+  static const Kernels isa##_kernels{#isa,      isa::infer, isa::train, isa::backward, isa::packed_bytes, \
+                                     isa::pack, isa::pool};
 
 FIF_DECLARE(baseline)
 #if defined(__x86_64__)

@@ -11,7 +11,7 @@ namespace fif {
 
 struct KeptKey {
   uint64_t content[2];  // of all that was packed
-  int64_t numbers[6];   // sizes and options that the packing depends on
+  int64_t numbers[7];   // sizes and options that the packing depends on
 };
 
 class Kept {

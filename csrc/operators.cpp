@@ -3,17 +3,23 @@
 namespace fif {
 namespace {
 
-Dtype dtype_of(const Tensor& x) {
+int64_t step_of(const Tensor& x, bool channels_last) {
+  if (!channels_last) return x.stride(1);
+  return x.size(3) > 1 ? x.stride(3) : x.size(2) > 1 ? x.stride(2) : x.size(1);
+}
+
+}  // namespace
+
+Dtype dtype_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
     case ScalarType::Float: return Dtype::f32;
     case ScalarType::Double: return Dtype::f64;
     case ScalarType::BFloat16: return Dtype::bf16;
     case ScalarType::Half: return Dtype::f16;
-    default: STD_TORCH_CHECK(false, "x must be float32, float64, bfloat16 or float16");
+    default: STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
   }
 }
 
-// torch's own rule for the results of convolutions; fif_ops.reference.memory_format_of is its twin.
 bool is_channels_last(const Tensor& x) {
   if (x.stride(1) == 0) return false;
   int64_t smallest = 0;
@@ -23,18 +29,6 @@ bool is_channels_last(const Tensor& x) {
   }
   return true;
 }
-
-int64_t step_of(const Tensor& x, bool channels_last) {
-  if (!channels_last) return x.stride(1);
-  return x.size(3) > 1 ? x.stride(3) : x.size(2) > 1 ? x.stride(2) : x.size(1);
-}
-
-Tensor new_activation(const Tensor& like, std::vector<int64_t> size, bool channels_last) {
-  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
-}  // namespace
 
 ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -58,12 +52,17 @@ Output output(const Tensor& x, bool channels_last) {
   return {x.mutable_data_ptr(), x.stride(0), step_of(x, channels_last)};
 }
 
+Tensor new_maps(const Tensor& like, std::vector<int64_t> size, bool channels_last) {
+  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
 Tensor new_map(const Tensor& like, const Problem& p, int64_t channels) {
-  return new_activation(like, {p.batch, channels, p.height, p.width}, p.channels_last);
+  return new_maps(like, {p.batch, channels, p.height, p.width}, p.channels_last);
 }
 
 Tensor new_input(const Tensor& like, const Problem& p) {
-  return new_activation(like, {p.batch, p.in_channels, p.in_height, p.in_width}, p.channels_last);
+  return new_maps(like, {p.batch, p.in_channels, p.in_height, p.in_width}, p.channels_last);
 }
 
 Tensor new_tensor(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
@@ -135,7 +134,7 @@ Problem problem_of(const Tensor& x, const OptionalTensor& primary_weight, const 
             .channels_last = is_channels_last(x),
             .has_primary = primary_weight.has_value(),
             .tf32 = tf32,
-            .dtype = dtype_of(x)};
+            .dtype = dtype_of(x, "x")};
   STD_TORCH_CHECK(p.kept_primary() <= out_channels && 0 < out_channels && out_channels <= p.kept_primary() + p.cheap(),
                   "out_channels is ", out_channels, ": must be from ", splice ? p.primary : 1, " to ",
                   p.kept_primary() + p.cheap());

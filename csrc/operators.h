@@ -23,6 +23,10 @@ using OptionalTensor = std::optional<Tensor>;
 
 // f64 for f64 tensors, else f32.
 ScalarType compute_type(const Tensor& x);
+Dtype dtype_of(const Tensor& x, const char* name);
+
+// torch's own rule for the results of convolutions; fif_ops.reference.memory_format_of is its twin.
+bool is_channels_last(const Tensor& x);
 
 // x itself if its pixels lie at one regular step in the layout asked for, else a copy that does.
 Tensor regular(const Tensor& x, bool channels_last);
@@ -30,6 +34,7 @@ Input input(const Tensor& x, bool channels_last);
 Output output(const Tensor& x, bool channels_last);
 
 // Uninitialised, on the device of `like`, of its dtype where none is given; a map has the problem's batch and size.
+Tensor new_maps(const Tensor& like, std::vector<int64_t> size, bool channels_last);
 Tensor new_map(const Tensor& like, const Problem& p, int64_t channels);
 Tensor new_input(const Tensor& like, const Problem& p);
 Tensor new_tensor(const Tensor& like, std::vector<int64_t> size, ScalarType dtype);
@@ -44,6 +49,10 @@ void check_statistics(const Tensor& t, const Tensor& x, int64_t channels, const 
 // Sizes and options, after the checks that all operators need. Without a primary_weight x holds the primary maps.
 Problem problem_of(const Tensor& x, const OptionalTensor& primary_weight, const Tensor& cheap_weight,
                    int64_t out_channels, int64_t activation, bool splice, int64_t stride, int64_t groups, bool tf32);
+
+// The CPU's kernels and torch's threads to run them on (csrc/ops.cpp). Raises if FIF_OPS_CPU_ISA names no variant.
+const Kernels& cpu_kernels();
+Threads cpu_threads();
 
 // The operators' schemas. Without a primary_weight x holds the primary maps before normalisation, made by another
 // convolution.

@@ -9,16 +9,14 @@
 #include "operators.h"
 
 namespace fif {
-namespace {
-
-const Kernels& kernels() {
+const Kernels& cpu_kernels() {
   const char* error = nullptr;
   const Kernels* found = chosen_kernels(&error);
   STD_TORCH_CHECK(found != nullptr, error);
   return *found;
 }
 
-Threads threads() {
+Threads cpu_threads() {
   return {static_cast<int>(torch::stable::get_num_threads()),
           [](int64_t tasks, void (*body)(void*, int64_t, int64_t, int), void* state) {
             torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
@@ -30,6 +28,8 @@ Threads threads() {
             });
           }};
 }
+
+namespace {
 
 // ---- parameters
 
@@ -140,7 +140,7 @@ Tensor infer(const Tensor& x, const OptionalTensor& primary_weight, const Tensor
       affine(parameters, {primary_bias, weight1, bias1, mean1, var1, eps1}, p.primary, false, "primary"),
       affine(parameters, {cheap_bias, weight2, bias2, mean2, var2, eps2}, p.cheap(), false, "cheap"),
       output(out, p.channels_last)};
-  if (p.batch > 0) kernels().infer(p, args, threads());
+  if (p.batch > 0) cpu_kernels().infer(p, args, cpu_threads());
   return out;
 }
 
@@ -216,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train(
     torch::stable::zero_(s2);
     return {out, raw, stats1, stats2};
   }
-  kernels().train(p, args, threads());
+  cpu_kernels().train(p, args, cpu_threads());
   if (batch1) {
     update_running(mean1, torch::stable::select(stats1, 0, 0), std::nullopt, momentum1);
     update_running(var1, fresh1, std::nullopt, momentum1);
@@ -279,7 +279,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                           .grad_cheap_weight = grad_w2.mutable_data_ptr(),
                           .grad_primary_affine = grad_norm1.mutable_data_ptr(),
                           .grad_cheap_affine = grad_norm2.mutable_data_ptr()};
-  kernels().backward(p, args, threads());
+  cpu_kernels().backward(p, args, cpu_threads());
   return {grad_x, grad_w1, grad_w2, grad_norm1, grad_norm2};
 }
 

@@ -27,14 +27,19 @@ struct Problem {
   int64_t out_channels;  // channels kept of [primary maps, cheap maps], or of the cheap maps alone without splice
   int kernel;            // cheap kernel size: 1, 3, 5 or 7, zero padding (kernel - 1) / 2 *after* the activation
   Activation activation;
-  bool splice;         // the primary maps come first in the output
-  bool channels_last;  // of every activation tensor
-  bool has_primary;    // else x holds the primary maps before normalisation, made by another convolution
-  bool tf32;           // f32 products may round their factors to tf32
-  Dtype dtype;         // of activations and convolution weights; normalisation is in the compute type (f32, or f64)
+  bool splice;             // the primary maps come first in the output
+  bool channels_last;      // of every activation tensor
+  bool has_primary;        // else x holds the primary maps before normalisation, made by another convolution
+  bool tf32;               // f32 products may round their factors to tf32
+  Dtype dtype;             // of activations and convolution weights; normalisation is in the compute type (f32, or f64)
+  int primary_kernel = 1;  // odd, zero padding (primary_kernel - 1) / 2 and, with that, maps of ceil(size / stride)
+  // A depthwise convolution and its normalisation over the unit's result: 0 for none, else 3, 5 or 7, padded likewise.
+  int depthwise_kernel = 0;
+  int64_t depthwise_stride = 1;
 
   FIF_PORTABLE int64_t pixels() const { return height * width; }
   FIF_PORTABLE int64_t cheap() const { return primary * multiplier; }
+  FIF_PORTABLE int64_t depth() const { return in_channels * primary_kernel * primary_kernel; }
   FIF_PORTABLE int64_t in_pixels() const { return in_height * in_width; }
   FIF_PORTABLE int64_t kept_primary() const { return splice ? primary : 0; }
 };
@@ -66,10 +71,14 @@ struct Threads {
 
 struct InferArgs {
   Input x;
-  const void* primary_weight;  // [M, C]; null without a product, here and below
+  const void* primary_weight;  // [M, C, k, k]; null without a product, here and below
   const void* cheap_weight;    // [M*S, K, K]
   Affine primary, cheap;
   Output out;
+  const void* packed = nullptr;            // what pack made of all the others, or null
+  Input add{};                             // of out's shape and format, added to the result; or null
+  const void* depthwise_weight = nullptr;  // [out_channels, d, d]
+  Affine depthwise{};
 };
 
 struct TrainArgs {
@@ -108,6 +117,9 @@ struct Kernels {
   void (*infer)(const Problem&, const InferArgs&, const Threads&);
   void (*train)(const Problem&, const TrainArgs&, const Threads&);
   void (*backward)(const Problem&, const BackwardArgs&, const Threads&);
+  int64_t (*packed_bytes)(const Problem&);
+  void (*pack)(const Problem&, const InferArgs&, void* to);
+  void (*pool)(const Problem&, const InferArgs&, const Threads&);
 };
 
 }  // namespace fif

@@ -175,7 +175,15 @@ def fake_backward(
     )
 
 
+def fake_run(x: Tensor, program: Tensor, packed: Tensor, out_channels: int, stride: int) -> Tensor:
+    """What ``run`` returns, without values; a stride of 0 stands for one pixel."""
+    size = [-(-n // stride) if stride else 1 for n in x.shape[2:]]
+    layout = memory_format_of(x)
+    return torch.empty((x.shape[0], out_channels, *size), dtype=x.dtype, device=x.device, memory_format=layout)
+
+
 if LOADED:
+    torch.library.register_fake("fif_ops::run", fake_run)
     torch.library.register_fake("fif_ops::infer", fake_infer)
     torch.library.register_fake("fif_ops::train", fake_train)
     torch.library.register_fake("fif_ops::backward", fake_backward)

@@ -148,6 +148,40 @@ FIF_INLINE void depthwise_channels(const A* in, int64_t step, int height, int wi
     });
 }
 
+// Outputs c, c + 1, ... c + Q - 1 of one row of a correlation with a stride.
+template <int K, int Q, class A, class Emit>
+FIF_INLINE void strided_row(const A* in, int64_t step, int height, int width, int stride, int r, int c, int out_width,
+                            const A* taps, Emit& emit) {
+  constexpr int L = kLanes<A>, P = K / 2;
+  const int column = c * stride - P;
+  const bool edge = column < 0 || column + (Q - 1) * stride + K > width;
+  Vec<A> acc[Q];
+  FIF_UNROLL for (int i = 0; i < Q; ++i) acc[i] = load(taps + K * K * L);
+  for (int dy = 0; dy < K; ++dy) {
+    const int row = r * stride - P + dy;
+    if (row < 0 || row >= height) continue;
+    const A* p = in + ((int64_t)row * width + column) * step;
+    FIF_UNROLL for (int dx = 0; dx < K; ++dx) {
+      const Vec<A> tap = load(taps + (dy * K + dx) * L);
+      FIF_UNROLL for (int i = 0; i < Q; ++i) {
+        const int at = dx + i * stride;
+        if (!edge || (column + at >= 0 && column + at < width)) acc[i] += load(p + at * step) * tap;
+      }
+    }
+  }
+  FIF_UNROLL for (int i = 0; i < Q; ++i) emit((int64_t)r * out_width + c + i, acc[i]);
+}
+
+// Rows [r0, r1) of a correlation with a stride, `out_width` pixels wide; taps: K * K + 1 vectors, the last is added.
+template <int K, class A, class Emit>
+FIF_INLINE void depthwise_strided(const A* in, int64_t step, int height, int width, int stride, int r0, int r1,
+                                  int out_width, const A* taps, Emit emit) {
+  for (int r = r0; r < r1; ++r)
+    in_blocks<4>(0, out_width, [&](int c, auto columns) {
+      strided_row<K, decltype(columns)::value, A>(in, step, height, width, stride, r, c, out_width, taps, emit);
+    });
+}
+
 // Calls f(tag) with the kernel size as tag.value.
 template <class F>
 FIF_INLINE void with_kernel_size(int kernel, F f) {

@@ -114,6 +114,17 @@ void widen_lines(const T* from, int64_t step, int64_t lines, int64_t count, Comp
     }
 }
 
+// out[i] = activation(in[i] * scale(i) + shift(i)), for maps that another convolution made.
+template <class A, class In, class Out, class Scale, class Shift>
+void normalise(const In* in, Out* out, int64_t count, Activation activation, Scale scale, Shift shift) {
+  with_activation<A>(activation, [&](auto act) {
+    for (int64_t i = 0; i < count; i += kLanes<A>) {
+      const Mask m = first_lanes(min_of<int64_t>(kLanes<A>, count - i));
+      store(out + i, act.value(load(in + i, m) * scale(i, m) + shift(i, m)), m);
+    }
+  });
+}
+
 template <class A>
 FIF_INLINE A value_or(const void* values, int64_t i, A otherwise) {
   return values ? static_cast<const A*>(values)[i] : otherwise;
@@ -154,6 +165,11 @@ inline int64_t tile_rows(const Problem& p, int64_t bytes_per_pixel) {
 void infer(const Problem&, const InferArgs&, const Threads&);
 void train(const Problem&, const TrainArgs&, const Threads&);
 void backward(const Problem&, const BackwardArgs&, const Threads&);
+// What infer works from where lanes lie along channels; a.packed of the same problem may be given instead of weights.
+int64_t packed_bytes(const Problem&);
+void pack(const Problem&, const InferArgs&, void* to);
+void infer_channels(const Problem&, const InferArgs&, const Threads&);
+void pool(const Problem&, const InferArgs&, const Threads&);
 
 // Calls f(tag) with tag.format a pointer of the element type.
 template <class T>

@@ -1,0 +1,46 @@
+// A key of the content of a unit's parameters, so that what was packed from them is found again. See kept.h.
+#pragma once
+
+#include "../kept.h"
+#include "vec.h"
+
+namespace fif::FIF_ISA {
+
+// Two sums over everything, of the words and of the sums so far: any one word that changes shows in the first, words
+// that change places in the second.
+class ContentHash {
+ public:
+  void add(const void* values, int64_t bytes) {
+    const char* at = static_cast<const char*>(values);
+    if (!at) {
+      add(VecU{} + 1u);
+      return;
+    }
+    for (; bytes >= kVectorBytes; bytes -= kVectorBytes, at += kVectorBytes)
+      add(*(const VectorOf<uint32_t, kVectorBytes>::unaligned*)at);
+    VecU rest{};
+    memcpy(&rest, at, bytes);
+    add(rest);
+  }
+  KeptKey key(const int64_t (&numbers)[7]) const {
+    KeptKey key{{0x243f6a8885a308d3, 0x13198a2e03707344}, {}};
+    auto mix = [&](uint64_t value) {
+      key.content[0] = (key.content[0] ^ value) * 0x9e3779b97f4a7c15;
+      key.content[0] ^= key.content[0] >> 29;
+      key.content[1] = (key.content[1] + value) * 0xc2b2ae3d27d4eb4f;
+      key.content[1] ^= key.content[1] >> 31;
+    };
+    for (int i = 0; i < kVectorBytes / 4; ++i) mix(uint64_t(sums_[i]) << 32 | words_[i]);
+    for (int i = 0; i < 7; ++i) mix(key.numbers[i] = numbers[i]);
+    return key;
+  }
+
+ private:
+  FIF_INLINE void add(VecU v) {
+    words_ += v;
+    sums_ += words_;
+  }
+  VecU words_{}, sums_{};
+};
+
+}  // namespace fif::FIF_ISA

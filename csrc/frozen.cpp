@@ -1,0 +1,397 @@
+// Frozen networks on the CPU: constants packed once, and a chain of stages that one operator runs.
+//
+// A program is a table of stages, one line of kFields numbers each (struct Stage). Stages hand maps to each other
+// through numbered slots of scratch memory, as channels_last maps; -1 stands for the operator's input and for its
+// result. Every number of a program is checked at every run, which takes a microsecond for a network, so that no
+// program reads or writes outside its memory.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "operators.h"
+
+namespace fif {
+namespace {
+
+enum Kind : int64_t { kUnit, kPool };
+constexpr int64_t kNone = -2, kEnds = -1;  // no slot; the input of the operator, or its result
+constexpr int64_t kAlignment = 64;
+
+struct Stage {
+  int64_t kind;
+  int64_t in, out, add;  // slots
+  int64_t channels, primary, multiplier, out_channels, kernel, activation, splice, primary_kernel, stride;
+  int64_t depthwise_kernel, depthwise_stride;
+  int64_t offset;  // of its constants
+};
+constexpr int64_t kFields = sizeof(Stage) / sizeof(int64_t);
+
+// What lies before a stage's constants: who packed what.
+struct Header {
+  char instruction_set[16];
+  int64_t channels, primary, kernels, dtype, bytes, plain_bytes;
+};
+static_assert(sizeof(Header) == kAlignment);
+
+int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+int64_t after(int64_t size, int64_t stride) { return (size - 1) / stride + 1; }
+
+struct Size {
+  int64_t channels, height, width;
+  int64_t count() const { return channels * height * width; }
+};
+
+Problem problem_of(const Stage& s, Dtype dtype, int64_t batch, Size in, bool channels_last) {
+  auto odd = [](int64_t k) { return k == 1 || k == 3 || k == 5 || k == 7; };
+  STD_TORCH_CHECK(s.channels == in.channels, "a stage takes ", s.channels, " channels and gets ", in.channels);
+  STD_TORCH_CHECK(
+      0 < s.channels && s.channels < (1 << 24) && 0 < s.primary && s.primary < (1 << 24) && 0 <= s.multiplier &&
+          s.multiplier < (1 << 16) && odd(s.kernel) && odd(s.primary_kernel) && 0 <= s.activation &&
+          s.activation <= static_cast<int64_t>(Activation::gelu) && 0 < s.stride && s.stride < (1 << 24) &&
+          (s.splice || s.multiplier > 0) && 0 < s.out_channels && (!s.splice || s.primary <= s.out_channels) &&
+          s.out_channels <= s.primary * (s.multiplier + (s.splice ? 1 : 0)) &&
+          (s.depthwise_kernel == 0 || (odd(s.depthwise_kernel) && s.depthwise_kernel > 1)) && 0 < s.depthwise_stride &&
+          s.depthwise_stride < (1 << 24) && (s.depthwise_kernel > 0 || s.depthwise_stride == 1),
+      "a stage of the program is not one that fif_ops.freeze makes");
+  Problem p{.batch = batch,
+            .in_channels = s.channels,
+            .in_height = in.height,
+            .in_width = in.width,
+            .height = after(in.height, s.stride),
+            .width = after(in.width, s.stride),
+            .stride = s.stride,
+            .groups = 1,
+            .primary = s.primary,
+            .multiplier = s.multiplier,
+            .out_channels = s.out_channels,
+            .kernel = static_cast<int>(s.kernel),
+            .activation = static_cast<Activation>(s.activation),
+            .splice = s.splice != 0,
+            .channels_last = channels_last,
+            .has_primary = true,
+            .tf32 = false,
+            .dtype = dtype};
+  p.primary_kernel = static_cast<int>(s.primary_kernel);
+  p.depthwise_kernel = static_cast<int>(s.depthwise_kernel);
+  p.depthwise_stride = s.depthwise_stride;
+  return p;
+}
+
+// The parameters as they were, which kernels with lanes along the pixels of a plane use: weights of both convolutions,
+// then factor and addend of both normalisations.
+struct Plain {
+  int64_t weight, cheap_weight, scale, shift, cheap_scale, cheap_shift, bytes;  // offsets
+
+  explicit Plain(const Problem& p) {
+    int64_t at = 0;
+    auto take = [&](int64_t count, int64_t size) { return std::exchange(at, at + aligned(count * size)); };
+    const int64_t size = element_size(p.dtype), compute = p.dtype == Dtype::f64 ? 8 : 4;
+    weight = take(p.primary * p.depth(), size);
+    cheap_weight = take(p.cheap() * p.kernel * p.kernel, size);
+    scale = take(p.primary, compute);
+    shift = take(p.primary, compute);
+    cheap_scale = take(p.cheap(), compute);
+    cheap_shift = take(p.cheap(), compute);
+    bytes = at;
+  }
+};
+
+Header header_of(const Problem& p, bool plain) {
+  Header header{};
+  std::strncpy(header.instruction_set, cpu_kernels().name, sizeof header.instruction_set - 1);
+  header.channels = p.in_channels;
+  header.primary = p.primary;
+  header.kernels = ((p.multiplier << 8 | p.kernel) << 8 | p.primary_kernel) << 8 | p.depthwise_kernel;
+  header.dtype = static_cast<int64_t>(p.dtype) << 1 | p.channels_last;
+  header.bytes = aligned(cpu_kernels().packed_bytes(p));
+  header.plain_bytes = plain ? Plain(p).bytes : 0;
+  return header;
+}
+
+// Whether a program is one unit alone, which runs in either memory format; all others run in channels_last.
+bool is_unit(const Stage& s) {
+  return s.kind == kUnit && s.in == kEnds && s.out == kEnds && s.add == kNone && s.depthwise_kernel == 0;
+}
+
+Stage stage_of(const Tensor& program, int64_t line) {
+  Stage stage;
+  std::memcpy(&stage, static_cast<const int64_t*>(program.const_data_ptr()) + line * kFields, sizeof stage);
+  return stage;
+}
+
+void check_program(const Tensor& program) {
+  STD_TORCH_CHECK(program.is_cpu() && program.scalar_type() == ScalarType::Long && program.dim() == 2 &&
+                      program.size(0) > 0 && program.size(1) == kFields && program.is_contiguous(),
+                  "program must be what fif_ops.freeze made");
+}
+
+// The constants of a program of one stage, for x's dtype; both memory formats where `unit` says that it stands alone.
+Tensor pack(const Tensor& program, const Tensor& primary_weight, const OptionalTensor& cheap_weight,
+            const OptionalTensor& depthwise_weight, const Tensor& scale, const Tensor& shift,
+            const OptionalTensor& cheap_scale, const OptionalTensor& cheap_shift, const OptionalTensor& depthwise_scale,
+            const OptionalTensor& depthwise_shift) {
+  check_program(program);
+  const Stage stage = stage_of(program, 0);
+  const Tensor& w = primary_weight;
+  STD_TORCH_CHECK(w.dim() == 4, "primary_weight must have 4 dimensions");
+  const Dtype dtype = dtype_of(w, "primary_weight");
+  const ScalarType type = compute_type(w);
+  auto get = [&](const OptionalTensor& t, std::vector<int64_t> sizes, ScalarType wanted, const char* name) {
+    const bool there = t.has_value() && sizes[0] > 0;
+    STD_TORCH_CHECK(t.has_value() == (sizes[0] > 0), name, there ? " must be None" : " is missing");
+    if (!there) return static_cast<const void*>(nullptr);
+    bool fits = t->dim() == static_cast<int64_t>(sizes.size());
+    for (size_t i = 0; fits && i < sizes.size(); ++i) fits = t->size(static_cast<int64_t>(i)) == sizes[i];
+    STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == wanted && t->is_contiguous() && fits, name,
+                    " must be dense, on the CPU, and of the stage's sizes and dtype");
+    return t->const_data_ptr();
+  };
+  const bool alone = is_unit(stage);
+  auto problem = [&](bool last) { return problem_of(stage, dtype, 1, {stage.channels, 1, 1}, last); };
+  const Problem p = problem(true);
+  const int64_t depthwise = p.depthwise_kernel ? p.out_channels : 0;
+  const InferArgs args{
+      .x = {},
+      .primary_weight = get(primary_weight, {p.primary, p.in_channels, p.primary_kernel, p.primary_kernel},
+                            w.scalar_type(), "primary_weight"),
+      .cheap_weight = get(cheap_weight, {p.cheap(), 1, p.kernel, p.kernel}, w.scalar_type(), "cheap_weight"),
+      .primary = {nullptr, nullptr, get(scale, {p.primary}, type, "scale"), get(shift, {p.primary}, type, "shift")},
+      .cheap = {nullptr, nullptr, get(cheap_scale, {p.cheap()}, type, "cheap_scale"),
+                get(cheap_shift, {p.cheap()}, type, "cheap_shift")},
+      .out = {},
+      .depthwise_weight = get(depthwise_weight, {depthwise, 1, p.depthwise_kernel, p.depthwise_kernel}, w.scalar_type(),
+                              "depthwise_weight"),
+      .depthwise = {nullptr, nullptr, get(depthwise_scale, {depthwise}, type, "depthwise_scale"),
+                    get(depthwise_shift, {depthwise}, type, "depthwise_shift")}};
+  // For channels_last; where the unit stands alone for NCHW too, whose constants differ with pairs of bf16, and as they
+  // were.
+  const Header last = header_of(p, false), planar = header_of(problem(false), true);
+  const int64_t bytes = kAlignment + last.bytes + (alone ? kAlignment + planar.bytes + planar.plain_bytes : 0);
+  Tensor packed = new_tensor(w, {bytes}, ScalarType::Byte);
+  char* to = static_cast<char*>(packed.mutable_data_ptr());
+  auto write = [&](const Header& header, const Problem& problem) {
+    std::memcpy(to, &header, sizeof header);
+    to += kAlignment;
+    std::memset(to, 0, header.bytes);
+    cpu_kernels().pack(problem, args, to);
+    to += header.bytes;
+  };
+  write(last, p);
+  if (!alone) return packed;
+  write(planar, problem(false));
+  std::memset(to, 0, planar.plain_bytes);
+  const Plain plain(p);
+  const int64_t size = element_size(dtype), compute = dtype == Dtype::f64 ? 8 : 4;
+  auto copy = [&](int64_t at, const void* from, int64_t count) {
+    if (from && count > 0) std::memcpy(to + at, from, count);
+  };
+  copy(plain.weight, args.primary_weight, p.primary * p.depth() * size);
+  copy(plain.cheap_weight, args.cheap_weight, p.cheap() * p.kernel * p.kernel * size);
+  copy(plain.scale, args.primary.weight, p.primary * compute);
+  copy(plain.shift, args.primary.bias, p.primary * compute);
+  copy(plain.cheap_scale, args.cheap.weight, p.cheap() * compute);
+  copy(plain.cheap_shift, args.cheap.bias, p.cheap() * compute);
+  return packed;
+}
+
+// Constants of one stage found in `packed` at an offset.
+struct Constants {
+  const char* data;
+  const char* plain;  // null without
+
+  Constants(const Tensor& packed, int64_t offset, const Problem& p, bool alone) {
+    const int64_t bytes = packed.numel();
+    const char* base = static_cast<const char*>(packed.const_data_ptr());
+    auto read = [&](const Problem& problem, bool has_plain) {
+      const Header wanted = header_of(problem, has_plain);
+      STD_TORCH_CHECK(0 <= offset && offset <= bytes - kAlignment, "the constants do not belong to the program");
+      Header found;
+      std::memcpy(&found, base + offset, sizeof found);
+      found.instruction_set[sizeof found.instruction_set - 1] = 0;
+      STD_TORCH_CHECK(std::strcmp(found.instruction_set, wanted.instruction_set) == 0, "the network was frozen for ",
+                      found.instruction_set, " and this process uses ", wanted.instruction_set,
+                      ": freeze it here, or set FIF_OPS_CPU_ISA");
+      STD_TORCH_CHECK(std::memcmp(&found, &wanted, sizeof found) == 0 &&
+                          wanted.bytes + wanted.plain_bytes <= bytes - kAlignment - offset,
+                      "the constants do not belong to the program, or not to x's dtype");
+      data = base + offset + kAlignment;
+      plain = has_plain ? data + wanted.bytes : nullptr;
+      offset += kAlignment + wanted.bytes + wanted.plain_bytes;
+    };
+    Problem last = p;
+    last.channels_last = true;
+    read(last, false);
+    if (alone && !p.channels_last) read(p, true);
+  }
+};
+
+// Fresh memory for x's dtype, without the dispatcher: a call on small maps is a matter of microseconds.
+Tensor fresh_maps(const Tensor& x, int64_t batch, Size size, bool channels_last) {
+  const auto [c, h, w] = size;
+  const int64_t sizes[] = {batch, c, h, w}, planar[] = {c * h * w, h * w, w, 1}, last[] = {c * h * w, 1, w * c, c};
+  AtenTensorHandle handle = nullptr;
+  const auto error =
+      aoti_torch_empty_strided(4, sizes, channels_last ? last : planar, static_cast<int32_t>(x.scalar_type()),
+                               aoti_torch_device_type_cpu(), 0, &handle);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "no memory for a result of ", batch * size.count(), " values");
+  return Tensor(handle);
+}
+
+struct Slot {
+  Size size{};
+  int64_t most = 0;  // elements of one image that it ever holds
+  bool written = false;
+};
+
+Tensor run(const Tensor& x, const Tensor& program, const Tensor& packed, int64_t out_channels, int64_t stride) {
+  check_program(program);
+  STD_TORCH_CHECK(
+      packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(),
+      "packed must be what fif_ops.freeze made");
+  STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU");
+  STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions (B, C, H, W), got ", x.dim());
+  STD_TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0 && x.size(2) < (1 << 24) && x.size(3) < (1 << 24),
+                  "x must have channels and pixels");
+  const Dtype dtype = dtype_of(x, "x");
+  const int64_t stages = program.size(0), batch = x.size(0);
+  const bool alone = stages == 1 && is_unit(stage_of(program, 0)), given_last = is_channels_last(x);
+  const bool last = given_last || !alone;
+  const Size whole{x.size(1), x.size(2), x.size(3)};
+
+  // Sizes first: those of the slots, and the result's.
+  std::vector<Slot> slots(stages);
+  Size result{};
+  auto size_of = [&](int64_t slot) {
+    STD_TORCH_CHECK(kEnds <= slot && slot < stages && (slot == kEnds || slots[slot].written),
+                    "a stage reads what none before it wrote");
+    return slot == kEnds ? whole : slots[slot].size;
+  };
+  for (int64_t i = 0; i < stages; ++i) {
+    const Stage s = stage_of(program, i);
+    const Size in = size_of(s.in);
+    Size out{s.channels, 1, 1};
+    if (s.kind == kPool) {
+      STD_TORCH_CHECK(s.channels == in.channels && s.add == kNone, "pooling takes ", s.channels, " channels and gets ",
+                      in.channels);
+    } else {
+      STD_TORCH_CHECK(s.kind == kUnit, "a stage of unknown kind ", s.kind);
+      const Problem p = problem_of(s, dtype, batch, in, last);
+      out = {p.out_channels, after(p.height, p.depthwise_stride), after(p.width, p.depthwise_stride)};
+    }
+    if (s.add != kNone) {
+      const Size add = size_of(s.add);
+      STD_TORCH_CHECK(
+          add.channels == out.channels && add.height == out.height && add.width == out.width && s.depthwise_kernel == 0,
+          "a stage adds maps of another size");
+    }
+    STD_TORCH_CHECK(s.out == kEnds ? i == stages - 1 : 0 <= s.out && s.out < stages && s.out != s.in && s.out != s.add,
+                    "a stage writes where it reads, or not to a slot");
+    if (s.out == kEnds) {
+      result = out;
+    } else {
+      slots[s.out].size = out;
+      slots[s.out].most = std::max(slots[s.out].most, out.count());
+      slots[s.out].written = true;
+    }
+  }
+  const Size wanted{out_channels, stride ? after(whole.height, stride) : 1, stride ? after(whole.width, stride) : 1};
+  STD_TORCH_CHECK(result.channels == wanted.channels && result.height == wanted.height && result.width == wanted.width,
+                  "the program's result has other sizes than out_channels and stride say");
+
+  const bool one_pixel = result.height == 1 && result.width == 1;  // where the formats are one
+  Tensor out = fresh_maps(x, batch, result, one_pixel ? given_last : last);
+  if (batch == 0) return out;
+  const Tensor input_map = regular(x, last);
+  const int64_t element = element_size(dtype);
+  std::vector<int64_t> places(stages);
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < stages; ++i) {
+    places[i] = bytes;
+    bytes += aligned(slots[i].most * batch * element);
+  }
+  void* memory = nullptr;
+  if (bytes > 0 && posix_memalign(&memory, kAlignment, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
+  const std::unique_ptr<void, decltype(&std::free)> owner(memory, &std::free);
+  char* const scratch = static_cast<char*>(memory);
+  auto slot_map = [&](int64_t slot, Size size) { return Output{scratch + places[slot], size.count(), size.channels}; };
+  auto map_of = [&](int64_t slot) {
+    if (slot == kEnds) return input(input_map, last);
+    const Output map = slot_map(slot, slots[slot].size);
+    return Input{map.data, map.batch, map.step};
+  };
+  const Threads threads = cpu_threads();
+  for (int64_t i = 0; i < stages; ++i) {
+    const Stage s = stage_of(program, i);
+    const Size in = s.in == kEnds ? whole : slots[s.in].size;
+    InferArgs args{};
+    args.x = map_of(s.in);
+    if (s.add != kNone) args.add = map_of(s.add);
+    Size made{s.channels, 1, 1};
+    Problem p{};
+    if (s.kind == kPool) {
+      p.batch = batch;
+      p.in_channels = s.channels;
+      p.in_height = in.height;
+      p.in_width = in.width;
+      p.channels_last = true;
+      p.dtype = dtype;
+    } else {
+      p = problem_of(s, dtype, batch, in, last);
+      made = {p.out_channels, after(p.height, p.depthwise_stride), after(p.width, p.depthwise_stride)};
+    }
+    if (s.out == kEnds) {
+      args.out = output(out, last);
+    } else {
+      slots[s.out].size = made;
+      args.out = slot_map(s.out, made);
+    }
+    if (one_pixel && s.out == kEnds) args.out = {out.mutable_data_ptr(), result.channels, result.channels};
+    if (s.kind == kPool) {
+      cpu_kernels().pool(p, args, threads);
+      continue;
+    }
+    const Constants constants(packed, s.offset, p, alone);
+    args.packed = constants.data;
+    if (constants.plain) {
+      const Plain plain(p);
+      args.primary_weight = constants.plain + plain.weight;
+      args.cheap_weight = constants.plain + plain.cheap_weight;
+      args.primary = {nullptr, nullptr, constants.plain + plain.scale, constants.plain + plain.shift};
+      args.cheap = {nullptr, nullptr, constants.plain + plain.cheap_scale, constants.plain + plain.cheap_shift};
+    }
+    // A product alone takes the pixels of all images as those of one.
+    const bool pointwise =
+        p.channels_last && p.primary_kernel == 1 && p.stride == 1 && p.multiplier == 0 && p.depthwise_kernel == 0;
+    auto dense = [&](const auto& map) { return !map.data || map.batch == p.pixels() * map.step; };
+    if (pointwise && dense(args.x) && dense(args.add) && dense(args.out)) {
+      p.height *= p.batch;
+      p.in_height *= p.batch;
+      p.batch = 1;
+    }
+    cpu_kernels().infer(p, args, threads);
+  }
+  return last == given_last || one_pixel ? out : torch::stable::contiguous(out);
+}
+
+}  // namespace
+}  // namespace fif
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fif_ops, m) {
+  m.def(
+      "pack(Tensor program, Tensor primary_weight, Tensor? cheap_weight, Tensor? depthwise_weight, Tensor scale, "
+      "Tensor shift, Tensor? cheap_scale, Tensor? cheap_shift, Tensor? depthwise_scale, Tensor? depthwise_shift) "
+      "-> Tensor");
+  m.def("run(Tensor x, Tensor program, Tensor packed, int out_channels, int stride) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fif_ops, CPU, m) {
+  m.impl("pack", TORCH_BOX(&fif::pack));
+  m.impl("run", TORCH_BOX(&fif::run));
+}

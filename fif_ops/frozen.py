@@ -1,0 +1,322 @@
+"""Frozen networks: constants packed once, and chains of stages that one operator runs (csrc/frozen.cpp).
+
+A module's forward reads its parameters afresh at every call; that is what makes training, loading and casting safe, and
+on small maps it takes longer than the arithmetic. A frozen copy folds and packs them once, runs whole spindles, and
+networks of them, without coming back to Python, and never writes the widest maps of a spindle to memory. It is for
+inference on the processor.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .models.conv_norm import ConvNorm
+from .models.hwnet import HWNet
+from .models.spindle import Spindle
+from .modules import FusedFiF
+from .reference import ACTIVATIONS, FeatureAugment
+
+_UNIT, _POOL = 0, 1  # kinds of stages, and numbers of slots, in csrc/frozen.cpp
+_NONE, _ENDS = -2, -1
+_run: Any = torch.ops.fif_ops.run.default if ops.LOADED else None
+_ACTIVATION_NAMES = {kind: name for name, kind in ACTIVATIONS.items()}
+
+
+class Frozen(nn.Module):
+    """A part of a network in evaluation, with constants for weights: made by ``freeze``, not trained, not loaded into.
+
+    Shapes: x (B, C, H, W), as the part that was frozen takes it, of the dtype that its weights had, on the processor.
+    Returns what that part would, in x's memory format. Later changes of the original do not show.
+    Raises RuntimeError for another dtype, device or number of channels, and if x requires a gradient.
+    """
+
+    def __init__(self, stages: Sequence[_Stage], flat: bool, name: str) -> None:
+        super().__init__()
+        lines = _slots(stages)
+        packed = [stage.pack(line) for stage, line in zip(stages, lines, strict=True)]
+        for i, line in enumerate(lines):
+            line[-1] = sum(map(len, packed[:i]))
+        self.name, self.flat, self.dtype = name, flat, stages[0].dtype
+        strides = {_ENDS: 1}  # of every value against the input; 0 after pooling
+        for i, stage in enumerate(stages):
+            strides[i] = strides[stage.value] * stage.stride
+        self.out_channels, self.stride = stages[-1].out_channels, strides[len(stages) - 1]
+        self.register_buffer("program", torch.tensor(lines), persistent=False)
+        self.register_buffer("packed", torch.cat(packed), persistent=False)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W). Returns (B, N, H', W'), or (B, N) of a whole network."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"x requires a gradient, and a frozen {self.name} has none: use the module it came from")
+        if x.dtype is not self.dtype or not x.is_cpu:
+            raise RuntimeError(
+                f"x is {x.dtype} on {x.device}, and this {self.name} was frozen in {self.dtype} on the cpu"
+            )
+        constants = self._buffers
+        y = _run(x, constants["program"], constants["packed"], self.out_channels, self.stride)
+        return y.flatten(1) if self.flat else y
+
+    def extra_repr(self) -> str:
+        program: Any = self.program
+        packed: Any = self.packed
+        size = packed.numel() / 2**20
+        return f"{self.name}: {len(program)} stages, {size:.2f} MiB of constants, {self.dtype}, {ops.CPU_ISA}"
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` for inference on the processor, with its units, spindles and whole HWNets as ``Frozen``.
+
+    What cannot be frozen (other layers, units with hooks, batch statistics, groups, or unusual padding) stays what it
+    was. The copy computes in the dtype of the weights, whatever autocast says; its constants are packed for the
+    instruction set in use.
+
+    Raises TypeError if ``module`` is no module, ValueError if it is in training mode or not on the processor,
+    RuntimeError if the compiled kernels are not there.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}: must be a torch.nn.Module")
+    if any(part.training for part in module.modules()):
+        raise ValueError("module is in training mode: call module.eval() first, since freezing folds its statistics")
+    if any(t.device.type != "cpu" for t in (*module.parameters(), *module.buffers())):
+        raise ValueError("module is not on the cpu, and only there can it be frozen: move it with module.cpu()")
+    if not ops.LOADED:
+        raise RuntimeError(f"freeze needs the compiled kernels: {ops.ERROR}")
+    with torch.no_grad():
+        return _frozen(copy.deepcopy(module))
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    chain = _Chain()
+    try:
+        value, flat = chain.network(module, _ENDS) if isinstance(module, HWNet) else (chain.any(module, _ENDS), False)
+    except _Unsupported:
+        pass
+    else:
+        # Stages run in order, so the last one has the result; a convolution alone is torch's business.
+        if chain.has_unit and value == len(chain.stages) - 1:
+            return Frozen(chain.stages, flat, type(module).__name__)
+    for name, child in module.named_children():
+        setattr(module, name, _frozen(child))
+    return module
+
+
+class _Unsupported(Exception):
+    """The module has a part that no stage does."""
+
+
+class _Stage:
+    """A line of the program (without slots) and its constants. Values are named by the stage that makes them."""
+
+    def __init__(self, kind: int, value: int, add: int, numbers: Sequence[int], parameters: Sequence[Tensor | None]):
+        self.kind, self.value, self.add = kind, value, add
+        self.numbers, self.parameters = list(numbers), list(parameters)
+
+    @property
+    def line(self) -> list[int]:
+        return [self.kind, self.value, _ENDS, self.add, *self.numbers, 0]
+
+    @property
+    def out_channels(self) -> int:
+        return self.numbers[3]
+
+    @property
+    def stride(self) -> int:
+        return 0 if self.kind == _POOL else self.numbers[8] * self.numbers[10]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        weight = self.parameters[0]
+        assert weight is not None
+        return weight.dtype
+
+    def pack(self, line: list[int]) -> Tensor:
+        """The constants; whether the line's slots say that the unit stands alone matters."""
+        if self.kind == _POOL:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.ops.fif_ops.pack(torch.tensor([line]), *self.parameters)
+
+
+def _slots(stages: Sequence[_Stage]) -> list[list[int]]:
+    """The program's lines, with slots of scratch memory for values: as few as hold what is still to be read."""
+    last_use = {value: i for i, stage in enumerate(stages) for value in (stage.value, stage.add)}
+    slot_of = {_ENDS: _ENDS, _NONE: _NONE}
+    free: list[int] = []
+    lines = []
+    for i, stage in enumerate(stages):
+        line = stage.line
+        line[1], line[3] = slot_of[stage.value], slot_of[stage.add]
+        if i < len(stages) - 1:
+            slot_of[i] = line[2] = free.pop() if free else len([v for v in slot_of if v >= 0])
+        free += [slot_of[v] for v in {stage.value, stage.add} if v >= 0 and last_use[v] == i]
+        lines.append(line)
+    return lines
+
+
+class _Chain:
+    """Stages, gathered module by module; every method takes a value's name and returns that of its result."""
+
+    def __init__(self) -> None:
+        self.stages: list[_Stage] = []
+        self.has_unit = False
+
+    def any(self, module: nn.Module, value: int) -> int:
+        for kind, lower in self._LOWERED.items():
+            if type(module) is kind:
+                _require(not _changed(module))
+                return lower(self, module, value)
+        raise _Unsupported
+
+    def sequence(self, modules: Any, value: int) -> int:
+        """Modules one after the other; a convolution takes the normalisation and activation behind it along."""
+        parts = list(modules)
+        while parts:
+            if isinstance(parts[0], nn.Conv2d):
+                value = self.convolution(parts, value)
+            else:
+                value = self.any(parts.pop(0), value)
+        return value
+
+    def convolution(self, parts: list[nn.Module], value: int) -> int:
+        conv: Any = parts.pop(0)
+        norm: Any = parts.pop(0) if parts and isinstance(parts[0], nn.BatchNorm2d) else None
+        activation = None
+        if parts and type(parts[0]) in _ACTIVATION_NAMES:
+            last: Any = parts.pop(0)
+            _require(not _changed(last) and getattr(last, "approximate", "none") == "none")
+            activation = _ACTIVATION_NAMES[type(last)]
+        _require(type(conv) is nn.Conv2d and not _changed(conv))
+        scale, shift = _affine(conv, norm)
+        if conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1:
+            return self.depthwise(conv, scale, shift, value, activation)
+        _require(conv.groups == 1)
+        numbers = [conv.in_channels, conv.out_channels, 0, conv.out_channels, 1, ops.ACTIVATION_CODES[activation], 1,
+                   *_window(conv), 0, 1]  # fmt: skip
+        return self._add(value, numbers, [_dense(conv.weight), None, None, scale, shift, None, None, None, None])
+
+    def depthwise(self, conv: Any, scale: Tensor, shift: Tensor, value: int, activation: str | None) -> int:
+        """A depthwise convolution becomes the end of the unit before it, whose result nobody else has seen."""
+        _require(activation is None and bool(self.stages) and value == len(self.stages) - 1)
+        unit = self.stages[-1]
+        _require(unit.numbers[2] > 0 and unit.numbers[9] == 0 and unit.add == _NONE)
+        kernel, stride = _window(conv)
+        _require(kernel > 1 and unit.out_channels == conv.in_channels)
+        unit.numbers[9:11] = kernel, stride
+        unit.parameters[2], unit.parameters[7:9] = _dense(conv.weight), (scale, shift)
+        return value
+
+    def unit(self, module: FeatureAugment, value: int) -> int:
+        fused = module if isinstance(module, FusedFiF) else FusedFiF.from_reference(module)
+        _require(fused._fallback_reason() is None)
+        primary: Any = fused.primary_conv
+        cheap: Any = fused.cheap_operation
+        conv, weight = primary[0], cheap[0].weight
+        _require(conv.groups == 1 and weight.shape[1] == 1)
+        maps = conv.out_channels
+        copies = maps if fused.shared else 1  # one kernel set for every map
+        scale, shift = _affine(conv, primary[1])
+        cheap_scale, cheap_shift = _affine(cheap[0], cheap[1], copies)
+        weight = weight.repeat(copies, 1, 1, 1)
+        _require(cheap[0].padding == (weight.shape[-1] // 2,) * 2 and weight.shape[-1] in (1, 3, 5, 7))
+        numbers = [conv.in_channels, maps, weight.shape[0] // maps, fused.out_channels, weight.shape[-1],
+                   ops.ACTIVATION_CODES[fused.activation], int(fused.splice), *_window(conv), 0, 1]  # fmt: skip
+        self.has_unit = True
+        return self._add(
+            value,
+            numbers,
+            [_dense(conv.weight), _dense(weight), None, scale, shift, cheap_scale, cheap_shift, None, None],
+        )
+
+    def spindle(self, module: Any, value: int) -> int:
+        shortcut = value
+        if module.shortcut is not None and not isinstance(module.shortcut, nn.Identity):
+            shortcut = self.any(module.shortcut, value)
+        inner = self.any(module.fif1, value)
+        if module.depthwise is not None:
+            inner = self.any(module.depthwise, inner)
+        result = self.any(module.fif2, inner)
+        if module.shortcut is not None:
+            self.stages[result].add = shortcut
+        return result
+
+    def network(self, module: Any, value: int) -> tuple[int, bool]:
+        _require(not _changed(module) and not _changed(module.head))
+        for part in (module.stem, module.spindles, module.augment):
+            value = self.any(part, value)
+        pool, conv, norm, relu, flatten = module.head
+        _require(type(pool) is nn.AdaptiveAvgPool2d and pool.output_size == 1 and type(flatten) is nn.Flatten)
+        classifier = module.classifier
+        _require(type(classifier) is nn.Linear and not _changed(classifier))
+        channels = conv.in_channels
+        self.stages.append(_Stage(_POOL, value, _NONE, [channels, 1, 0, channels, 1, 0, 1, 1, 1, 0, 1], []))
+        value = self.convolution([conv, norm, relu], len(self.stages) - 1)
+        weight = classifier.weight
+        scale = torch.ones(len(weight), dtype=_compute_type(weight))
+        shift = torch.zeros_like(scale) if classifier.bias is None else classifier.bias.detach().to(scale.dtype)
+        numbers = [weight.shape[1], len(weight), 0, len(weight), 1, 0, 1, 1, 1, 0, 1]
+        parameters = [_dense(weight[:, :, None, None]), None, None, scale, shift, None, None, None, None]
+        return self._add(value, numbers, parameters), True
+
+    def _add(self, value: int, numbers: list[int], parameters: list[Tensor | None]) -> int:
+        self.stages.append(_Stage(_UNIT, value, _NONE, numbers, parameters))
+        _require(self.stages[0].dtype == self.stages[-1].dtype)
+        return len(self.stages) - 1
+
+    _LOWERED: ClassVar[dict[type[nn.Module], Callable[..., int]]] = {
+        FeatureAugment: unit,
+        FusedFiF: unit,
+        Spindle: spindle,
+        ConvNorm: sequence,
+        nn.Sequential: sequence,
+        nn.Identity: lambda self, module, value: value,
+    }
+
+
+def _require(holds: bool) -> None:
+    if not holds:
+        raise _Unsupported
+
+
+def _changed(module: nn.Module) -> bool:
+    """Whether calling the module does more than its type says."""
+    held = module.__dict__
+    return bool(held["_forward_hooks"] or held["_forward_pre_hooks"] or "forward" in held)
+
+
+def _window(conv: Any) -> tuple[int, int]:
+    """Kernel size and stride of a convolution whose result has ceil(size / stride) pixels."""
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    square = conv.kernel_size == (kernel, kernel) and conv.stride == (stride, stride) and conv.dilation == (1, 1)
+    _require(square and kernel in (1, 3, 5, 7) and conv.padding == (kernel // 2,) * 2 and conv.padding_mode == "zeros")
+    return kernel, stride
+
+
+def _affine(conv: Any, norm: Any, copies: int = 1) -> tuple[Tensor, Tensor]:
+    """What comes after the products: factor and addend of every map, convolution's bias and normalisation in one."""
+    kind = _compute_type(conv.weight)
+    count = conv.weight.shape[0] * copies
+    bias = torch.zeros(count, dtype=torch.float64) if conv.bias is None else conv.bias.detach().double().repeat(copies)
+    if norm is None or type(norm) is nn.Identity:
+        return torch.ones(count, dtype=kind), bias.to(kind)
+    _require(type(norm) is nn.BatchNorm2d and not _changed(norm) and norm.running_mean is not None)
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = (bias - norm.running_mean.double()) * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    return scale.to(kind), shift.to(kind)
+
+
+def _compute_type(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _dense(weight: Tensor) -> Tensor:
+    return weight.detach().contiguous()
