@@ -28,6 +28,7 @@ from .runtimes import Step
 from .shapes import Task
 
 SUITES = ("inference", "training", "host", "network")
+FROZEN = ("inference", "host", "network")
 # The backends that are the fused unit on a kind of device.
 KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
@@ -148,7 +149,7 @@ PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         *both_layouts("fused", make_fused, unavailable=_fused_unavailable),
-        *both_layouts("frozen", make_frozen, unavailable=_fused_unavailable, refuses=_cannot_freeze),
+        *both_layouts("frozen", make_frozen, unavailable=_fused_unavailable, refuses=_cannot_freeze, default_in=FROZEN),
         *both_layouts("eager", make_eager),
         *both_layouts("compile", make_compiled, unavailable=compiler_unavailable, default_in=("inference",)),
         *both_layouts("aoti", runtimes.make_aoti, **AOTI),

@@ -50,9 +50,9 @@ def table(suites: dict[str, list[dict]], machine: dict[str, Any], written: Path)
     )
     lines = [
         f"{describe(machine)}, {machine.get('date', 'date unknown')}{_caveat(machine)} ({links}). "
-        "How much longer the best rival takes than the fused unit:",
+        "How much longer the best rival takes than the fused unit (geometric mean, least), frozen and with live weights:",
         "",
-        "| float32 unless said, one core unless said | tasks | rivals | geometric mean | least |",
+        "| float32 unless said, one core unless said | tasks | rivals | frozen | live |",
         "|---|---|---|---|---|",
     ]
     lines += [_row(line, suites[line.suite]) for line in LINES if line.suite in suites]
@@ -63,7 +63,7 @@ def table(suites: dict[str, list[dict]], machine: dict[str, Any], written: Path)
             mean = geometric_mean(ratios.values())
             lines.append(
                 f"| two threads, {text} | {len(ratios)} | itself with one thread "
-                f"| {mean:.2f} | {ratios[least]:.2f} ({least}) |"
+                f"| | {mean:.2f}, {ratios[least]:.2f} ({least}) |"
             )
     return "\n".join(lines)
 
@@ -78,18 +78,30 @@ def update(readme: Path, text: str) -> None:
 
 
 def _row(line: Line, records: Sequence[dict]) -> str:
+    live, frozen = (_ratios(line.column._replace(live=live), records) for live in (True, False))
+    # Where nothing was frozen, both are the same.
+    cells = ["" if frozen == live else _cell(frozen), _cell(live)]
+    count = f"{len(live)}" if len(live) == len(records) else f"{len(live)} of {len(records)}"
+    return f"| {line.text} | {count} | {line.rivals} |" + "".join(f" {cell} |" if cell else " |" for cell in cells)
+
+
+def _ratios(column: Column, records: Sequence[dict]) -> dict[str, tuple[float, str]]:
+    """Ratio and fastest rival of every task."""
     found = {}
     for record in records:
-        ratio = row(record, [line.column]).ratios[0]
+        ratio = row(record, [column]).ratios[0]
         if ratio is not None:
-            found[record["task"]] = ratio, _rival(record, line.column)
+            found[record["task"]] = ratio, _rival(record, column)
+    return found
+
+
+def _cell(found: dict[str, tuple[float, str]]) -> str:
     if not found:
-        return f"| {line.text} | 0 of {len(records)} | {line.rivals} | | |"
+        return ""
     task = min(found, key=lambda name: found[name][0])
     least, rival = found[task]
     mean = geometric_mean([ratio for ratio, _ in found.values()])
-    count = f"{len(found)}" if len(found) == len(records) else f"{len(found)} of {len(records)}"
-    return f"| {line.text} | {count} | {line.rivals} | {mean:.2f} | {least:.2f} ({task}, {rival}) |"
+    return f"{mean:.2f}, {least:.2f} ({task}, {rival})"
 
 
 def _rival(record: dict, column: Column) -> str:

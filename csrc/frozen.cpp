@@ -380,6 +380,26 @@ Tensor run(const Tensor& x, const Tensor& program, const Tensor& packed, int64_t
   return last == given_last || one_pixel ? out : torch::stable::contiguous(out);
 }
 
+// A number that changes if any value, shape or dtype among the tensors does: two sums over all words, mixed.
+int64_t fingerprint(const std::vector<Tensor>& tensors) {
+  std::vector<Tensor> copies;
+  std::vector<const void*> parts;
+  std::vector<int64_t> bytes, shapes;
+  for (const Tensor& t : tensors) {
+    STD_TORCH_CHECK(t.is_cpu(), "tensors must be on the CPU");
+    const bool dense = t.is_contiguous();
+    if (!dense) copies.push_back(torch::stable::contiguous(t));
+    parts.push_back(dense ? t.const_data_ptr() : copies.back().const_data_ptr());
+    bytes.push_back(t.numel() * static_cast<int64_t>(t.element_size()));
+    shapes.push_back(static_cast<int64_t>(t.scalar_type()));
+    for (int64_t d = 0; d < t.dim(); ++d) shapes.push_back(t.size(d));
+  }
+  parts.push_back(shapes.data());
+  bytes.push_back(static_cast<int64_t>(shapes.size() * sizeof(int64_t)));
+  return static_cast<int64_t>(
+      cpu_kernels().fingerprint(parts.data(), bytes.data(), static_cast<int64_t>(parts.size())));
+}
+
 }  // namespace
 }  // namespace fif
 
@@ -388,10 +408,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fif_ops, m) {
       "pack(Tensor program, Tensor primary_weight, Tensor? cheap_weight, Tensor? depthwise_weight, Tensor scale, "
       "Tensor shift, Tensor? cheap_scale, Tensor? cheap_shift, Tensor? depthwise_scale, Tensor? depthwise_shift) "
       "-> Tensor");
+  m.def("fingerprint(Tensor[] tensors) -> int");
   m.def("run(Tensor x, Tensor program, Tensor packed, int out_channels, int stride) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fif_ops, CPU, m) {
   m.impl("pack", TORCH_BOX(&fif::pack));
+  m.impl("fingerprint", TORCH_BOX(&fif::fingerprint));
   m.impl("run", TORCH_BOX(&fif::run));
 }

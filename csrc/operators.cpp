@@ -90,19 +90,24 @@ void check_statistics(const Tensor& t, const Tensor& x, int64_t channels, const 
 }
 
 Problem problem_of(const Tensor& x, const OptionalTensor& primary_weight, const Tensor& cheap_weight,
-                   int64_t out_channels, int64_t activation, bool splice, int64_t stride, int64_t groups, bool tf32) {
+                   int64_t out_channels, int64_t activation, bool splice, int64_t stride, int64_t groups, bool tf32,
+                   bool any_kernel) {
   STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions (B, C, H, W), got ", x.dim());
   STD_TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, "x must have channels and pixels");
   STD_TORCH_CHECK(x.size(2) < (1 << 30) && x.size(3) < (1 << 30), "x's height and width must be below 2^30");
   STD_TORCH_CHECK(0 < stride && stride < (1 << 30), "stride is ", stride, ": must be positive");
   STD_TORCH_CHECK(0 < groups && x.size(1) % groups == 0, "groups is ", groups, ": must divide x's ", x.size(1),
                   " channels");
+  int primary_kernel = 1;
   if (primary_weight) {
     const Tensor& w = *primary_weight;
     check_like(w, x, "primary_weight");
+    const int64_t k = w.dim() == 4 && any_kernel ? w.size(2) : 1;
     STD_TORCH_CHECK(w.dim() == 4 && w.size(0) > 0 && w.size(0) % groups == 0 && w.size(1) == x.size(1) / groups &&
-                        w.size(2) == 1 && w.size(3) == 1,
-                    "primary_weight must be (M, ", x.size(1) / groups, ", 1, 1), M a multiple of ", groups);
+                        w.size(2) == k && w.size(3) == k && (k == 1 || k == 3 || k == 5 || k == 7),
+                    "primary_weight must be (M, ", x.size(1) / groups,
+                    any_kernel ? ", k, k), k 1, 3, 5 or 7, M a multiple of " : ", 1, 1), M a multiple of ", groups);
+    primary_kernel = static_cast<int>(k);
   } else {
     STD_TORCH_CHECK(stride == 1 && groups == 1, "stride and groups must be 1 without a primary_weight");
   }
@@ -134,7 +139,8 @@ Problem problem_of(const Tensor& x, const OptionalTensor& primary_weight, const 
             .channels_last = is_channels_last(x),
             .has_primary = primary_weight.has_value(),
             .tf32 = tf32,
-            .dtype = dtype_of(x, "x")};
+            .dtype = dtype_of(x, "x"),
+            .primary_kernel = primary_kernel};
   STD_TORCH_CHECK(p.kept_primary() <= out_channels && 0 < out_channels && out_channels <= p.kept_primary() + p.cheap(),
                   "out_channels is ", out_channels, ": must be from ", splice ? p.primary : 1, " to ",
                   p.kept_primary() + p.cheap());

@@ -46,9 +46,11 @@ void check_map(const Tensor& t, const Tensor& x, const Problem& p, int64_t chann
 // t must be [mean, rstd] of so many channels, as fif_ops::train returns them.
 void check_statistics(const Tensor& t, const Tensor& x, int64_t channels, const char* name);
 
-// Sizes and options, after the checks that all operators need. Without a primary_weight x holds the primary maps.
+// Sizes and options, after the checks that all operators need. Without a primary_weight x holds the primary maps; with
+// any_kernel that weight may be k x k, padded by k / 2.
 Problem problem_of(const Tensor& x, const OptionalTensor& primary_weight, const Tensor& cheap_weight,
-                   int64_t out_channels, int64_t activation, bool splice, int64_t stride, int64_t groups, bool tf32);
+                   int64_t out_channels, int64_t activation, bool splice, int64_t stride, int64_t groups, bool tf32,
+                   bool any_kernel = false);
 
 // The CPU's kernels and torch's threads to run them on (csrc/ops.cpp). Raises if FIF_OPS_CPU_ISA names no variant.
 const Kernels& cpu_kernels();

@@ -114,9 +114,9 @@ Affine affine(Parameters& parameters, const NormArgs& n, int64_t channels, bool 
   return {parameters.less(mean, conv_bias, channels), parameters.rstd(variance, channels, n.eps), weight, bias};
 }
 
-Problem cpu_problem(Problem p) {
-  STD_TORCH_CHECK(p.stride == 1 && p.groups == 1,
-                  "the primary convolution must have stride 1 and one group on the CPU");
+Problem cpu_problem(Problem p, bool training) {
+  STD_TORCH_CHECK(p.groups == 1 && (p.stride == 1 || !training), "the primary convolution must have one group on the CPU",
+                  training ? ", and stride 1 in training" : "");
   return p;
 }
 
@@ -127,7 +127,7 @@ Tensor infer(const Tensor& x, const OptionalTensor& primary_weight, const Tensor
              const OptionalTensor& var2, double eps1, double eps2, int64_t out_channels, int64_t activation,
              bool splice, int64_t stride, int64_t groups, bool tf32) {
   const Problem p =
-      cpu_problem(problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice, stride, groups, tf32));
+      cpu_problem(problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice, stride, groups, tf32, true), false);
   Parameters parameters(compute_type(x));
   const Tensor input_map = regular(x, p.channels_last);
   const OptionalTensor w1 = dense(primary_weight);
@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train(
     int64_t out_channels, int64_t activation, bool splice, bool batch1, bool batch2, double momentum1, double momentum2,
     int64_t stride, int64_t groups, bool tf32) {
   const Problem p =
-      cpu_problem(problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice, stride, groups, tf32));
+      cpu_problem(problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice, stride, groups, tf32), true);
   const ScalarType type = compute_type(x);
   Parameters parameters(type);
   const Tensor input_map = regular(x, p.channels_last);
@@ -236,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     bool splice, bool batch1, bool batch2, bool need_x, bool need_primary_weight, int64_t stride, int64_t groups,
     bool tf32) {
   const Problem p = cpu_problem(problem_of(x, primary_weight, cheap_weight, grad.dim() == 4 ? grad.size(1) : 0,
-                                           activation, splice, stride, groups, tf32));
+                                           activation, splice, stride, groups, tf32), true);
   const ScalarType type = compute_type(x);
   const bool need_weight = need_primary_weight && p.has_primary;
   check_map(grad, x, p, p.out_channels, "grad");

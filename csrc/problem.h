@@ -120,6 +120,7 @@ struct Kernels {
   int64_t (*packed_bytes)(const Problem&);
   void (*pack)(const Problem&, const InferArgs&, void* to);
   void (*pool)(const Problem&, const InferArgs&, const Threads&);
+  uint64_t (*fingerprint)(const void* const* parts, const int64_t* bytes, int64_t count);
 };
 
 }  // namespace fif

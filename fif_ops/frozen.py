@@ -1,30 +1,31 @@
-"""Frozen networks: constants packed once, and chains of stages that one operator runs (csrc/frozen.cpp).
+"""Whole networks in one operator: stages in a chain, with constants folded and packed beforehand (csrc/frozen.cpp).
 
-A module's forward reads its parameters afresh at every call; that is what makes training, loading and casting safe, and
-on small maps it takes longer than the arithmetic. A frozen copy folds and packs them once, runs whole spindles, and
-networks of them, without coming back to Python, and never writes the widest maps of a spindle to memory. It is for
-inference on the processor.
+A module's forward reads its parameters afresh at every call, which is what makes training, loading and casting safe,
+and on small maps takes longer than the arithmetic. A chain packs them once, runs a spindle, or a network of them,
+without coming back to Python, and never writes the widest maps of a spindle to memory. It is for inference on the
+processor.
+
+``freeze`` makes one for good; ``Chained`` modules keep one for themselves, and look at each call whether it still holds.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .models.conv_norm import ConvNorm
-from .models.hwnet import HWNet
-from .models.spindle import Spindle
+from . import backends, ops
 from .modules import FusedFiF
 from .reference import ACTIVATIONS, FeatureAugment
+from .unchanged import Unchanged
 
 _UNIT, _POOL = 0, 1  # kinds of stages, and numbers of slots, in csrc/frozen.cpp
 _NONE, _ENDS = -2, -1
 _run: Any = torch.ops.fif_ops.run.default if ops.LOADED else None
+_fingerprint: Any = torch.ops.fif_ops.fingerprint.default if ops.LOADED else None
 _ACTIVATION_NAMES = {kind: name for name, kind in ACTIVATIONS.items()}
 
 
@@ -93,18 +94,56 @@ def freeze(module: nn.Module) -> nn.Module:
 
 
 def _frozen(module: nn.Module) -> nn.Module:
-    chain = _Chain()
-    try:
-        value, flat = chain.network(module, _ENDS) if isinstance(module, HWNet) else (chain.any(module, _ENDS), False)
-    except _Unsupported:
-        pass
-    else:
-        # Stages run in order, so the last one has the result; a convolution alone is torch's business.
-        if chain.has_unit and value == len(chain.stages) - 1:
-            return Frozen(chain.stages, flat, type(module).__name__)
+    chain = Chain.of(module)
+    if chain is not None:
+        return Frozen(chain.stages, chain.flat, type(module).__name__)
     for name, child in module.named_children():
         setattr(module, name, _frozen(child))
     return module
+
+
+class Chained(nn.Module):
+    """A module that runs as a chain in evaluation: spindles and networks.
+
+    Subclasses have ``compose``, their forward module by module, and ``lower``, the same as stages. The chain is used
+    where no gradients are recorded and all units are FusedFiF, and made anew when identity tests of the submodules'
+    state, or a hash of the parameters' content, show a change. That hash reads every parameter once a call; a frozen
+    copy does without.
+    """
+
+    _followed: tuple[Unchanged, list[Tensor], int, Frozen | None] | None = None
+
+    def compose(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def lower(self, chain: Chain, value: int) -> int:
+        """Adds the module's stages; takes the name of the value it reads and returns that of its result."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W)."""
+        frozen = None if torch.is_grad_enabled() else self._chain(x)
+        return self.compose(x) if frozen is None else frozen.forward(x)
+
+    def _chain(self, x: Tensor) -> Frozen | None:
+        """A chain that does what ``compose`` would do with x, None where there is none."""
+        if type(x) is not Tensor or not x.is_cpu or x.dim() != 4 or x.numel() == 0 or torch.compiler.is_compiling():
+            return None
+        if torch.is_autocast_enabled("cpu") or backends.wanted(None) not in (None, "cpu") or not ops.LOADED:
+            return None
+        if self._followed is not None:
+            unchanged, tensors, content, frozen = self._followed
+            if unchanged.holds() and (frozen is None or _fingerprint(tensors) == content):
+                return frozen if frozen is not None and x.dtype is frozen.dtype else None
+        unchanged = Unchanged(self)
+        tensors = unchanged.tensors()
+        chain = Chain.of(self, (FusedFiF,)) if all(t.is_cpu for t in tensors) else None
+        frozen = None if chain is None else Frozen(chain.stages, chain.flat, type(self).__name__)
+        self._followed = unchanged, tensors, _fingerprint(tensors) if frozen is not None else 0, frozen
+        return frozen if frozen is not None and x.dtype is frozen.dtype else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_followed": None}  # it knows this module's dictionaries, not a copy's
 
 
 class _Unsupported(Exception):
@@ -159,32 +198,49 @@ def _slots(stages: Sequence[_Stage]) -> list[list[int]]:
     return lines
 
 
-class _Chain:
+class Chain:
     """Stages, gathered module by module; every method takes a value's name and returns that of its result."""
 
-    def __init__(self) -> None:
+    def __init__(self, units: tuple[type[nn.Module], ...]) -> None:
+        self.units = units
         self.stages: list[_Stage] = []
         self.has_unit = False
+        self.pooled = self.flat = False  # whether maps have one pixel by now, and whether that dimension is gone
 
-    def any(self, module: nn.Module, value: int) -> int:
-        for kind, lower in self._LOWERED.items():
-            if type(module) is kind:
-                _require(not _changed(module))
-                return lower(self, module, value)
-        raise _Unsupported
+    @classmethod
+    def of(cls, module: nn.Module, units: tuple[type[nn.Module], ...] = (FeatureAugment, FusedFiF)) -> Chain | None:
+        """The module as a chain, None if a part of it is no stage, or none of it a unit of these types."""
+        chain = cls(units)
+        try:
+            with torch.no_grad():
+                value = chain.add(module, _ENDS)
+        except _Unsupported:
+            return None
+        # Stages run in order, so the last one has the result; a convolution alone is torch's business.
+        return chain if chain.has_unit and value == len(chain.stages) - 1 else None
 
-    def sequence(self, modules: Any, value: int) -> int:
+    def add(self, module: nn.Module, value: int) -> int:
+        """The stages of one module."""
+        kind = type(module)
+        _require(not _changed(module))
+        if kind in self.units:
+            return self.unit(module, value)
+        if kind in self._LAYERS:
+            return self._LAYERS[kind](self, module, value)
+        _require("lower" in kind.__dict__)  # a subclass may compute something else
+        return module.lower(self, value)  # type: ignore[operator]
+
+    def sequence(self, modules: Iterable[nn.Module], value: int) -> int:
         """Modules one after the other; a convolution takes the normalisation and activation behind it along."""
         parts = list(modules)
         while parts:
-            if isinstance(parts[0], nn.Conv2d):
-                value = self.convolution(parts, value)
-            else:
-                value = self.any(parts.pop(0), value)
+            is_convolution = isinstance(parts[0], nn.Conv2d)
+            value = self.convolution(parts, value) if is_convolution else self.add(parts.pop(0), value)
         return value
 
     def convolution(self, parts: list[nn.Module], value: int) -> int:
         conv: Any = parts.pop(0)
+        _require(not self.flat)
         norm: Any = parts.pop(0) if parts and isinstance(parts[0], nn.BatchNorm2d) else None
         activation = None
         if parts and type(parts[0]) in _ACTIVATION_NAMES:
@@ -211,7 +267,7 @@ class _Chain:
         unit.parameters[2], unit.parameters[7:9] = _dense(conv.weight), (scale, shift)
         return value
 
-    def unit(self, module: FeatureAugment, value: int) -> int:
+    def unit(self, module: Any, value: int) -> int:
         fused = module if isinstance(module, FusedFiF) else FusedFiF.from_reference(module)
         _require(fused._fallback_reason() is None)
         primary: Any = fused.primary_conv
@@ -233,48 +289,53 @@ class _Chain:
             [_dense(conv.weight), _dense(weight), None, scale, shift, cheap_scale, cheap_shift, None, None],
         )
 
-    def spindle(self, module: Any, value: int) -> int:
-        shortcut = value
-        if module.shortcut is not None and not isinstance(module.shortcut, nn.Identity):
-            shortcut = self.any(module.shortcut, value)
-        inner = self.any(module.fif1, value)
-        if module.depthwise is not None:
-            inner = self.any(module.depthwise, inner)
-        result = self.any(module.fif2, inner)
-        if module.shortcut is not None:
-            self.stages[result].add = shortcut
-        return result
+    def residual(self, value: int, shortcut: int) -> None:
+        """Adds another value to that of the last stage."""
+        _require(value == len(self.stages) - 1 and self.stages[value].add == _NONE)
+        _require(self.stages[value].numbers[9] == 0)
+        self.stages[value].add = shortcut
 
-    def network(self, module: Any, value: int) -> tuple[int, bool]:
-        _require(not _changed(module) and not _changed(module.head))
-        for part in (module.stem, module.spindles, module.augment):
-            value = self.any(part, value)
-        pool, conv, norm, relu, flatten = module.head
-        _require(type(pool) is nn.AdaptiveAvgPool2d and pool.output_size == 1 and type(flatten) is nn.Flatten)
-        classifier = module.classifier
-        _require(type(classifier) is nn.Linear and not _changed(classifier))
-        channels = conv.in_channels
+    def pool(self, module: Any, value: int) -> int:
+        """Means over all pixels."""
+        _require(module.output_size in (1, (1, 1)) and value != _ENDS)
+        channels = self.stages[value].out_channels
         self.stages.append(_Stage(_POOL, value, _NONE, [channels, 1, 0, channels, 1, 0, 1, 1, 1, 0, 1], []))
-        value = self.convolution([conv, norm, relu], len(self.stages) - 1)
-        weight = classifier.weight
+        self.pooled = True
+        return len(self.stages) - 1
+
+    def flatten(self, module: Any, value: int) -> int:
+        """Of maps of one pixel, where it only drops dimensions."""
+        _require(self.pooled and (module.start_dim, module.end_dim) == (1, -1))
+        self.flat = True
+        return value
+
+    def linear(self, module: Any, value: int) -> int:
+        """A linear layer on flat values, which is a 1x1 convolution of one pixel."""
+        _require(self.flat)
+        weight = module.weight
         scale = torch.ones(len(weight), dtype=_compute_type(weight))
-        shift = torch.zeros_like(scale) if classifier.bias is None else classifier.bias.detach().to(scale.dtype)
+        shift = torch.zeros_like(scale) if module.bias is None else module.bias.detach().to(scale.dtype)
         numbers = [weight.shape[1], len(weight), 0, len(weight), 1, 0, 1, 1, 1, 0, 1]
         parameters = [_dense(weight[:, :, None, None]), None, None, scale, shift, None, None, None, None]
-        return self._add(value, numbers, parameters), True
+        return self._add(value, numbers, parameters)
+
+    def nothing(self, module: nn.Module, value: int) -> int:
+        """Layers that do nothing in evaluation."""
+        _require(not module.training or type(module) is nn.Identity)
+        return value
 
     def _add(self, value: int, numbers: list[int], parameters: list[Tensor | None]) -> int:
         self.stages.append(_Stage(_UNIT, value, _NONE, numbers, parameters))
         _require(self.stages[0].dtype == self.stages[-1].dtype)
         return len(self.stages) - 1
 
-    _LOWERED: ClassVar[dict[type[nn.Module], Callable[..., int]]] = {
-        FeatureAugment: unit,
-        FusedFiF: unit,
-        Spindle: spindle,
-        ConvNorm: sequence,
+    _LAYERS: ClassVar[dict[type[nn.Module], Callable[..., int]]] = {
         nn.Sequential: sequence,
-        nn.Identity: lambda self, module, value: value,
+        nn.AdaptiveAvgPool2d: pool,
+        nn.Flatten: flatten,
+        nn.Linear: linear,
+        nn.Identity: nothing,
+        nn.Dropout: nothing,
     }
 
 
@@ -304,7 +365,8 @@ def _affine(conv: Any, norm: Any, copies: int = 1) -> tuple[Tensor, Tensor]:
     bias = torch.zeros(count, dtype=torch.float64) if conv.bias is None else conv.bias.detach().double().repeat(copies)
     if norm is None or type(norm) is nn.Identity:
         return torch.ones(count, dtype=kind), bias.to(kind)
-    _require(type(norm) is nn.BatchNorm2d and not _changed(norm) and norm.running_mean is not None)
+    _require(type(norm) is nn.BatchNorm2d and not _changed(norm))
+    _require(norm.running_mean is not None and not norm.training)
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.detach().double()

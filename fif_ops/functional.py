@@ -131,7 +131,8 @@ def resolve(
     wants_grad = wants_gradients((*convolutions, norm1.weight, norm1.bias, norm2.weight, norm2.bias))
     cuts_primary = splice and out_channels < maps
     problem = backends.Problem(x, primary_weight, cheap_weight, stride, padding, groups, cuts_primary)
-    chosen = backends.choose(problem, backend, wants_grad or norm1.training or norm2.training)
+    trains = wants_grad or norm1.training or norm2.training
+    chosen = backends.choose(problem, backend, trains)
     if chosen is backends.REFERENCE:
         composition = functools.partial(
             compose, x, primary_weight, cheap_weight, primary_bias=primary_bias, cheap_bias=cheap_bias,
@@ -139,7 +140,7 @@ def resolve(
             splice=splice, stride=stride, padding=padding, groups=groups, shared=shared,
         )  # fmt: skip
         return Call(convolutions, (), None, wants_grad, composition)
-    if not chosen.fuses_primary(problem):
+    if not chosen.fuses_primary(problem, trains):
         maps_before_norm = F.conv2d(x, primary_weight, primary_bias, stride, padding, 1, groups)
         convolutions = (maps_before_norm, None, cheap_weight, None, cheap_bias)
         stride = groups = 1

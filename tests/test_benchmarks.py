@@ -140,7 +140,7 @@ class TestPeers:
             chosen("egar", "training")
 
     def test_layouts(self):
-        both = product(("fused", "eager", "compile", "aoti", "openvino"), (False, True))
+        both = product(("fused", "frozen", "eager", "compile", "aoti", "openvino"), (False, True))
         assert {(p.family, p.channels_last) for p in PEERS.values()} == {
             *both,
             ("onnxruntime", False),
@@ -160,10 +160,10 @@ class TestPeers:
             return {peer.family for peer in PEERS.values() if not peer.refuses(task)}
 
         everywhere = {"fused", "eager", "compile"}
-        assert willing(unit_task(SMALL)) == everywhere | {"aoti", "onnxruntime", "openvino", "litert"}
+        assert willing(unit_task(SMALL)) == everywhere | {"frozen", "aoti", "onnxruntime", "openvino", "litert"}
         assert willing(unit_task(SMALL, training=True)) == everywhere
-        assert willing(unit_task(SMALL, precision=BF16)) == everywhere | {"aoti", "openvino"}
-        assert willing(network_task(in_size=16, batch=1)) == everywhere | {"onnxruntime", "openvino"}
+        assert willing(unit_task(SMALL, precision=BF16)) == everywhere | {"frozen", "aoti", "openvino"}
+        assert willing(network_task(in_size=16, batch=1)) == everywhere | {"frozen", "onnxruntime", "openvino"}
         refusing = PEERS["litert nhwc"]._replace(unavailable=lambda: "")
         assert "bf16" in Race(unit_task(SMALL, precision=BF16), [refusing]).skipped["litert nhwc"]
 
@@ -383,7 +383,7 @@ def _peer(family, last, seconds):
 
 
 def _record(task, suite="inference", floor=None, **peers):
-    families = {"f": "fused", "e": "eager", "c": "compile"}
+    families = {"f": "fused", "z": "frozen", "e": "eager", "c": "compile"}
     table = {f"{families[k[0]]} {k[1]}": _peer(families[k[0]], k[1] == "l", seconds) for k, seconds in peers.items()}
     return {
         "suite": suite,
@@ -474,12 +474,16 @@ class TestReadme:
         text = readme.table(suites, machine, Path("results.json"))
         assert "2026-01-02, few shapes only, **the machine not idle** (load 2.0)" in text
         assert "openvino 1.2, fif_ops" in text
-        assert "| inference | 2 | all | 1.00 | 0.50 (two, eager N) |" in text
-        assert "| inference, NCHW | 2 | all fed NCHW | 1.00 | 0.25 (two, eager N) |" in text
-        assert "| forward and backward | 1 | all | 2.00 | 2.00 (three, eager N) |" in text
-        assert "| two threads, inference | 2 | itself with one thread | 1.41 | 1.00 (two) |" in text
+        assert "| inference | 2 | all | | 1.00, 0.50 (two, eager N) |" in text
+        assert "| inference, NCHW | 2 | all fed NCHW | | 1.00, 0.25 (two, eager N) |" in text
+        assert "| forward and backward | 1 | all | | 2.00, 2.00 (three, eager N) |" in text
+        assert "| two threads, inference | 2 | itself with one thread | | 1.41, 1.00 (two) |" in text
+        fast = suites["inference"][0]["peers"]["fused n"]
+        suites["inference"][0]["peers"]["frozen n"] = fast | {"family": "frozen", "median": fast["median"] / 2}
+        text = readme.table(suites, machine, Path("results.json"))
+        assert "| inference | 2 | all | 1.41, 0.50 (two, eager N) | 1.00, 0.50 (two, eager N) |" in text
         suites["inference"][0]["peers"] = {}
-        assert "| inference | 1 of 2 | all | 0.50 |" in readme.table(suites, machine, Path("results.json"))
+        assert "| inference | 1 of 2 | all | | 0.50, " in readme.table(suites, machine, Path("results.json"))
         suites["inference"][1]["peers"] = {}
         assert "| inference | 0 of 2 | all | | |" in readme.table(suites, machine, Path("results.json"))
 

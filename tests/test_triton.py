@@ -269,7 +269,7 @@ def test_reasons_of_problems(monkeypatch):
     problem = a_problem()
     chosen = backend.Triton()
     assert "not on cuda" in chosen.reason(problem)
-    assert chosen.fuses_primary(problem) and not chosen.fuses_primary(problem._replace(padding=1))
+    assert chosen.fuses_primary(problem, False) and not chosen.fuses_primary(problem._replace(padding=1), False)
     monkeypatch.setattr(backend, "INTERPRETED", True)
     monkeypatch.setattr(backend, "triton_reason", lambda: "")
     assert chosen.reason(problem) == "" and chosen.can_run(problem)

@@ -1,7 +1,6 @@
-// A key of the content of a unit's parameters, so that what was packed from them is found again. See kept.h.
+// A hash of the content of parameters, which tells whether what was packed from them still holds. See kept.h.
 #pragma once
 
-#include "../kept.h"
 #include "vec.h"
 
 namespace fif::FIF_ISA {
@@ -22,17 +21,18 @@ class ContentHash {
     memcpy(&rest, at, bytes);
     add(rest);
   }
-  KeptKey key(const int64_t (&numbers)[7]) const {
-    KeptKey key{{0x243f6a8885a308d3, 0x13198a2e03707344}, {}};
+  // Of all that was added, and of the numbers.
+  void finish(const int64_t* numbers, int count, uint64_t (&content)[2]) const {
+    content[0] = 0x243f6a8885a308d3;
+    content[1] = 0x13198a2e03707344;
     auto mix = [&](uint64_t value) {
-      key.content[0] = (key.content[0] ^ value) * 0x9e3779b97f4a7c15;
-      key.content[0] ^= key.content[0] >> 29;
-      key.content[1] = (key.content[1] + value) * 0xc2b2ae3d27d4eb4f;
-      key.content[1] ^= key.content[1] >> 31;
+      content[0] = (content[0] ^ value) * 0x9e3779b97f4a7c15;
+      content[0] ^= content[0] >> 29;
+      content[1] = (content[1] + value) * 0xc2b2ae3d27d4eb4f;
+      content[1] ^= content[1] >> 31;
     };
     for (int i = 0; i < kVectorBytes / 4; ++i) mix(uint64_t(sums_[i]) << 32 | words_[i]);
-    for (int i = 0; i < 7; ++i) mix(key.numbers[i] = numbers[i]);
-    return key;
+    for (int i = 0; i < count; ++i) mix(numbers[i]);
   }
 
  private:

@@ -5,6 +5,7 @@
 // computes the primary maps (one halo of rows ahead) straight into their place in the output, then reads them back from
 // cache for the depthwise part, which goes to its own place. Memory traffic per pixel: C read, M + N written, nothing
 // else. Limit: memory for large maps with few channels, the multiply-add units elsewhere.
+#include "../kept.h"
 #include "content.h"
 #include "pass.h"
 
@@ -151,11 +152,21 @@ KeptKey content_of(const Problem& p, const InferArgs& a) {
   };
   add(a.primary, p.primary);
   add(a.cheap, p.cheap());
-  return hash.key(
-      {p.primary, p.in_channels, p.primary_kernel, p.multiplier, p.kernel, int64_t(p.dtype), p.channels_last});
+  KeptKey key{{},
+              {p.primary, p.in_channels, p.primary_kernel, p.multiplier, p.kernel, int64_t(p.dtype), p.channels_last}};
+  hash.finish(key.numbers, 7, key.content);
+  return key;
 }
 
 }  // namespace
+
+uint64_t fingerprint(const void* const* parts, const int64_t* bytes, int64_t count) {
+  ContentHash hash;
+  for (int64_t i = 0; i < count; ++i) hash.add(parts[i], bytes[i]);
+  uint64_t content[2];
+  hash.finish(bytes, static_cast<int>(count), content);
+  return content[0] ^ content[1];
+}
 
 void infer(const Problem& p, const InferArgs& a, const Threads& threads) {
   bool planar = !p.channels_last && p.primary_kernel == 1 && p.stride == 1 && !p.depthwise_kernel;

@@ -169,6 +169,8 @@ void backward(const Problem&, const BackwardArgs&, const Threads&);
 int64_t packed_bytes(const Problem&);
 void pack(const Problem&, const InferArgs&, void* to);
 void infer_channels(const Problem&, const InferArgs&, const Threads&);
+// Of the content of memory in parts; it differs between instruction sets.
+uint64_t fingerprint(const void* const* parts, const int64_t* bytes, int64_t count);
 void pool(const Problem&, const InferArgs&, const Threads&);
 
 // Calls f(tag) with tag.format a pointer of the element type.

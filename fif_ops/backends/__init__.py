@@ -41,7 +41,7 @@ class Backend:
     name: str
     namespace: str  # of its operators infer, train and backward in torch.ops
 
-    def fuses_primary(self, problem: Problem) -> bool:
+    def fuses_primary(self, problem: Problem, trains: bool) -> bool:
         """Whether the operators do the primary convolution too; else torch does it, and they take its maps."""
         return True
 
@@ -73,7 +73,7 @@ class _Reference(Backend):
 class AnyPrimary(Backend):
     """Takes any primary convolution: what the kernels do not fuse, torch's convolution does before them."""
 
-    def fuses_primary(self, problem: Problem) -> bool:
+    def fuses_primary(self, problem: Problem, trains: bool) -> bool:
         primary = problem.primary_weight
         # A block of the kernels works on maps of one group: few maps would leave it idle.
         wide_groups = problem.groups == 1 or primary.shape[0] >= 8 * problem.groups
@@ -116,8 +116,11 @@ class _Cpu(AnyPrimary, _Kernels):
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     cheap_sizes = (1, 3, 5, 7)
 
-    def fuses_primary(self, problem: Problem) -> bool:
-        return problem.stride == problem.groups == 1 and super().fuses_primary(problem)
+    def fuses_primary(self, problem: Problem, trains: bool) -> bool:
+        kernel = problem.primary_weight.shape[2]
+        if trains or problem.groups > 1 or problem.primary_weight.shape[3] != kernel:
+            return problem.stride == problem.groups == 1 and super().fuses_primary(problem, trains)
+        return kernel in (1, 3, 5, 7) and problem.padding == kernel // 2
 
     def unavailable(self) -> str:
         if not ops.LOADED:
@@ -149,7 +152,7 @@ class _Cuda(AnyPrimary, _Kernels):
 
     def plan(self, problem: Problem, out_channels: int, splice: bool, trains: bool) -> list[ops.Launch]:
         x, primary, cheap, stride, padding, groups, _ = problem
-        fused = self.fuses_primary(problem)
+        fused = self.fuses_primary(problem, trains)
         if not fused:
             maps = F.conv2d(x.to("meta"), primary.to("meta"), None, stride, padding, 1, groups)
             x = maps.contiguous(memory_format=memory_format_of(x))

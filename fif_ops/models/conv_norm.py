@@ -45,6 +45,10 @@ class ConvNorm(nn.Sequential):
             y = F.conv2d(x, weight, shift, conv.stride, conv.padding, groups=conv.groups)
         return y.relu_() if len(self) > 2 else y
 
+    def lower(self, chain: Any, value: int) -> int:
+        """One stage of a ``fif_ops.frozen.Chain``."""
+        return chain.sequence(self, value)
+
     def _differs(self) -> bool:
         """Whether a part was replaced, got hooks or a forward of its own, or normalises with batch statistics."""
         kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..frozen import Chain, Chained
 from ..modules import FusedFiF
 from ..reference import FeatureAugment, positive_integer
 from .conv_norm import ConvNorm, conv_norm
@@ -20,7 +21,7 @@ SPINDLES = (
 )
 
 
-class HWNet(nn.Module):
+class HWNet(Chained):
     """Stem, 14 spindles, one FiF unit, average pooling, 1x1 convolution, linear classifier. See ``hwnet``."""
 
     def __init__(
@@ -49,9 +50,13 @@ class HWNet(nn.Module):
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_norm(augmented, features, 1, relu=True), nn.Flatten())
         self.classifier = nn.Linear(features, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, 3, H, W). Returns the logits, (B, num_classes)."""
+    def compose(self, x: Tensor) -> Tensor:
+        """Module by module: x (B, 3, H, W) to the logits, (B, num_classes)."""
         return self.classifier(self.head(self.augment(self.spindles(self.stem(x)))))
+
+    def lower(self, chain: Chain, value: int) -> int:
+        """All of it."""
+        return chain.sequence((self.stem, self.spindles, self.augment, self.head, self.classifier), value)
 
     def parameter_count(self) -> int:
         """Number of learnable values, running statistics not among them."""

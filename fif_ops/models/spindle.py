@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..frozen import Chain, Chained
 from ..modules import FusedFiF
 from ..reference import FeatureAugment, positive_integer
 from .conv_norm import ConvNorm, conv_norm
@@ -12,7 +13,7 @@ from .conv_norm import ConvNorm, conv_norm
 VARIANTS = ("patent", "table2")
 
 
-class Spindle(nn.Module):
+class Spindle(Chained):
     """FiF (in -> hidden, relu), [depthwise 3x3 with the stride], FiF (hidden -> out, linear), [+ shortcut].
 
     ``variant="patent"`` is the text of S0: the depthwise convolution is there if stride > 1, the shortcut if
@@ -25,8 +26,9 @@ class Spindle(nn.Module):
             HWNet's first spindle has them equal.
         stride: the result has ceil(H / stride) x ceil(W / stride) pixels.
         variant: "patent" or "table2".
-        fused: whether the units are FusedFiF or FeatureAugment, and convolutions join their normalisations in
-            evaluation; parameters and checkpoint keys are the same.
+        fused: whether the units are FusedFiF or FeatureAugment; parameters and checkpoint keys are the same. In
+            evaluation without gradients a fused spindle is one operator on the processor, and elsewhere convolutions
+            join their normalisations.
 
     Shapes: x (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride)).
     Raises TypeError or ValueError for sizes that are not positive integers, ValueError for an unknown variant.
@@ -60,8 +62,8 @@ class Spindle(nn.Module):
         elif stride == 1 or not literal:
             self.shortcut = part(in_channels, out_channels, 1, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, in_channels, H, W). Returns (B, out_channels, ceil(H / stride), ceil(W / stride))."""
+    def compose(self, x: Tensor) -> Tensor:
+        """Module by module."""
         y = self.fif1(x)
         if self.depthwise is not None:
             y = self.depthwise(y)
@@ -70,3 +72,14 @@ class Spindle(nn.Module):
             return y
         # The second unit's result is ours alone.
         return y + self.shortcut(x) if torch.is_grad_enabled() else y.add_(self.shortcut(x))
+
+    def lower(self, chain: Chain, value: int) -> int:
+        """Two or three stages: the strided convolution joins the unit before it, the shortcut the one behind."""
+        shortcut = value if self.shortcut is None else chain.add(self.shortcut, value)
+        inner = chain.add(self.fif1, value)
+        if self.depthwise is not None:
+            inner = chain.add(self.depthwise, inner)
+        result = chain.add(self.fif2, inner)
+        if self.shortcut is not None:
+            chain.residual(result, shortcut)
+        return result

@@ -1,0 +1,123 @@
+// The parameters of a unit as kernels with lanes along channels read them: by blocks of channels, normalisations
+// folded.
+#pragma once
+
+#include "pass.h"
+
+namespace fif::FIF_ISA {
+
+// Channels m, m + 1, ... m + width - 1 of the primary maps; lanes beyond the last channel included.
+struct Block {
+  int64_t m, width;
+};
+
+// The channels of a unit in blocks of whole vectors, as few and as even as may be.
+template <class A>
+struct Blocks {
+  static constexpr int kVectors = 3, L = kLanes<A>;
+  const int64_t vectors, count;
+
+  explicit Blocks(const Problem& p) : vectors(ceil_div(p.primary, L)), count(ceil_div(vectors, kVectors)) {}
+  Block operator[](int64_t i) const {
+    const int64_t from = i * vectors / count * L;
+    return {from, (i + 1) * vectors / count * L - from};
+  }
+  int64_t most() const { return ceil_div(vectors, count) * L; }  // channels of the widest
+};
+
+// Whether the product takes bf16 numbers in pairs, as they lie in x.
+inline bool paired(const Problem& p) { return kBf16Dot && p.dtype == Dtype::bf16 && p.channels_last; }
+
+// The parameters of a unit by blocks of channels; lanes beyond the last channel hold zeros.
+template <class T>
+class Constants {
+  using A = Compute<T>;
+  static constexpr int L = kLanes<A>;
+  const Problem& p;
+  const Blocks<A> blocks;
+  const int64_t depth, padded;  // depth: of the product, 0 without one
+  const int64_t taps, depthwise_taps;
+  A* const data;
+
+ public:
+  Constants(const Problem& problem, const void* memory)
+      : p(problem), blocks(p), depth(p.has_primary ? p.depth() : 0), padded(blocks.vectors * L),
+        taps(int64_t(p.kernel) * p.kernel), depthwise_taps(int64_t(p.depthwise_kernel) * p.depthwise_kernel),
+        data(static_cast<A*>(const_cast<void*>(memory))) {}
+
+  int64_t bytes() const { return (depthwise(padded, 0) - primary(0)) * int64_t(sizeof(A)); }
+  // [depth, width of the block that begins at channel m]; where they are paired, [ceil(depth / 2), width] pairs
+  A* primary(int64_t m) const { return data + m * depth; }
+  A* scale(int64_t m) const { return primary(padded) + m; }
+  A* shift(int64_t m) const { return scale(m) + padded; }
+  // [K * K + 1, L]: taps times scale, then shift, of the cheap maps number s of the vector at channel m
+  A* cheap(int64_t m, int64_t s) const { return shift(padded) + (m * p.multiplier + s * L) * (taps + 1); }
+  // The same of the depthwise convolution, for the primary maps (part 0) or their cheap maps number part - 1.
+  A* depthwise(int64_t m, int64_t part) const {
+    return cheap(padded, 0) + (depthwise_taps ? (m * (1 + p.multiplier) + part * L) * (depthwise_taps + 1) : 0);
+  }
+
+  void pack(const InferArgs& a) const {
+    for (int64_t i = 0; p.has_primary && i < blocks.count; ++i) pack_primary(a, blocks[i]);
+    for (int64_t m = 0; m < padded; m += L) {
+      const int64_t channels = max_of<int64_t>(0, min_of<int64_t>(L, p.primary - m));
+      const Mask lanes = first_lanes(channels);
+      affine(a.primary, m, 1, lanes, scale(m), shift(m));
+      for (int64_t s = 0; s < p.multiplier; ++s)
+        pack_taps(a.cheap_weight, a.cheap, taps, m * p.multiplier + s, p.multiplier, lanes, cheap(m, s));
+      for (int64_t part = 0; depthwise_taps && part <= p.multiplier; ++part) {
+        const int64_t step = part ? p.multiplier : 1;
+        const int64_t channel = part ? p.kept_primary() + m * step + part - 1 : m;
+        const int64_t kept = part || p.splice ? ceil_div(max_of<int64_t>(0, p.out_channels - channel), step) : 0;
+        pack_taps(a.depthwise_weight, a.depthwise, depthwise_taps, channel, step, first_lanes(min_of(channels, kept)),
+                  depthwise(m, part));
+      }
+    }
+  }
+
+ private:
+  // Depth runs over rows and columns of the window, then channels, as a patch of a channels_last map lies in memory.
+  void pack_primary(const InferArgs& a, Block block) const {
+    const auto [m, width] = block;
+    const int64_t channels = min_of(width, p.primary - m), window = depth / p.in_channels;
+    const T* weight = static_cast<const T*>(a.primary_weight) + m * depth;
+    if (channels < width) memset(primary(m), 0, width * depth * sizeof(A));
+    if (window == 1)
+      transpose(weight, depth, channels, depth, primary(m), width);
+    else
+      for (int64_t k = 0; k < depth; ++k)
+        for (int64_t i = 0; i < channels; ++i)
+          primary(m)[k * width + i] = to_compute(weight[i * depth + k % p.in_channels * window + k / p.in_channels]);
+    if (paired(p)) pair_up(primary(m), width);
+  }
+
+  // Rows 2k and 2k + 1 become row k; the values are bf16 ones, whose low halves are empty.
+  void pair_up(A* rows, int64_t width) const {
+    for (int64_t k = 0; k < depth; k += 2)
+      for (int64_t i = 0; i < width; i += L) {
+        const VecU even = (VecU)load(rows + k * width + i);
+        const VecU odd = k + 1 < depth ? (VecU)load(rows + (k + 1) * width + i) : VecU{};
+        store(rows + k / 2 * width + i, (Vec<A>)(even >> 16 | odd));
+      }
+  }
+
+  // Of channels j, j + step, ...
+  static void pack_taps(const void* weight, const Affine& norm, int64_t count, int64_t j, int64_t step, Mask lanes,
+                        A* to) {
+    A factor[L];
+    affine(norm, j, step, lanes, factor, to + count * L);
+    for (int64_t t = 0; t < count; ++t)
+      store(to + t * L,
+            load(factor) * load_strided(static_cast<const T*>(weight) + j * count + t, step * count, lanes));
+  }
+  static void affine(const Affine& norm, int64_t j, int64_t step, Mask lanes, A* scale, A* shift) {
+    auto get = [&](const void* values, A otherwise) {
+      return values ? load_strided(static_cast<const A*>(values) + j, step, lanes) : splat<A>(otherwise);
+    };
+    const Vec<A> factor = get(norm.rstd, 1) * get(norm.weight, 1);
+    store(scale, factor);
+    store(shift, get(norm.bias, 0) - get(norm.mean, 0) * factor);
+  }
+};
+
+}  // namespace fif::FIF_ISA

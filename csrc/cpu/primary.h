@@ -1,0 +1,198 @@
+// The primary maps with lanes along channels: a product over pixels of x, or over patches where the convolution is not
+// 1x1 with stride 1, in dense rows of the compute type. Limit: the multiply-add units; a patch costs a copy of its
+// k * k * C numbers, against k * k * C * M multiply-adds.
+#pragma once
+
+#include "packed.h"
+
+namespace fif::FIF_ISA {
+
+// out[0, count) = in[0, count), from the element type to itself or to the compute type.
+template <class T>
+FIF_INLINE void copy_run(const T* in, Compute<T>* out, int64_t count) {
+  constexpr int L = kLanes<Compute<T>>;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) store(out + i, load(in + i));
+  if (i == count) return;
+  const Mask lanes = first_lanes(count - i);
+  store(out + i, load(in + i, lanes), lanes);
+}
+FIF_INLINE void copy_run(const bf16* in, bf16* out, int64_t count) {
+  constexpr int L = kLanes<float>;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) *(HalfU::unaligned*)(out + i) = *(const HalfU::unaligned*)(in + i);
+  if (i == count) return;
+  const Mask lanes = first_lanes(count - i);
+  store_bits(&out[i].bits, load_bits(&in[i].bits, lanes), lanes);
+}
+
+// The primary maps, dense and in the compute type: rows of them, a block of channels at a time.
+template <class T>
+class Primary {
+  using A = Compute<T>;
+  static constexpr int L = kLanes<A>;
+  static constexpr int64_t kPixels = 4 * kTileRows;  // that are gathered or widened at a time
+  const Problem& p;
+  const InferArgs& a;
+  const Constants<T>& constants;
+  const int64_t x_pixel, x_channel;
+
+ public:
+  Primary(const Problem& problem, const InferArgs& args, const Constants<T>& packed)
+      : p(problem), a(args), constants(packed), x_pixel(p.channels_last ? a.x.step : 1),
+        x_channel(p.channels_last ? 1 : a.x.step) {}
+
+  // Numbers that `rows` needs for a buffer.
+  int64_t buffer() const { return gathers() || sizeof(T) != sizeof(A) ? kPixels * p.depth() : 0; }
+
+  // Whether the product goes straight to its place in the output: nothing follows it.
+  bool straight() const {
+    return p.multiplier == 0 && sizeof(T) == sizeof(A) && p.has_primary && p.channels_last && !p.depthwise_kernel &&
+        !a.add.data;
+  }
+
+  // Rows [row, stop) of image n, pixels `b.width` apart, or in their place in the output where they go straight there.
+  __attribute__((noinline)) void rows(int64_t n, Block b, int64_t row, int64_t stop, A* y, A* wide) const {
+    const T* image = static_cast<const T*>(a.x.data) + n * a.x.batch;
+    const int64_t pixel = row * p.width, pixels = stop * p.width - pixel;
+    if (!p.has_primary) return normalised(image + pixel * x_pixel + b.m * x_channel, b, pixels, y);
+#if defined(FIF_BF16_DOT)
+    if constexpr (sizeof(T) == 2)
+      if (paired(p)) {
+        const bf16* x = reinterpret_cast<const bf16*>(image);
+        auto g = product(x + pixel * x_pixel, reinterpret_cast<const bf16_pair*>(constants.primary(b.m)), b, pixels, y);
+        return gathers() ? gathered(g, x, pixel, pixels, reinterpret_cast<bf16*>(wide)) : gemm(g);
+      }
+#endif
+    Gemm<A, A, A> g = product<A, A>(nullptr, constants.primary(b.m), b, pixels, y);
+    if constexpr (sizeof(T) == sizeof(A)) {
+      g.a = image + pixel * x_pixel;
+      return gathers() ? gathered(g, image, pixel, pixels, wide) : gemm(g);
+    } else {
+      gathered(g, image, pixel, pixels, wide);  // the broadcast operand must be in the compute type
+    }
+  }
+
+ private:
+  // Whether the product's rows are patches of x rather than its pixels.
+  bool gathers() const { return p.has_primary && (p.primary_kernel > 1 || p.stride > 1); }
+
+  // The primary maps that another convolution made.
+  void normalised(const T* x, Block b, int64_t pixels, A* y) const {
+    const int64_t channels = min_of(b.width, p.primary - b.m);
+    if (!p.channels_last) transpose(x, x_channel, channels, pixels, y, b.width);
+    auto scale = [&](int64_t i, Mask) { return load(constants.scale(b.m) + i); };
+    auto shift = [&](int64_t i, Mask) { return load(constants.shift(b.m) + i); };
+    for (int64_t i = 0; i < pixels; ++i) {
+      A* to = y + i * b.width;
+      if (p.channels_last)
+        normalise<A>(x + i * x_pixel, to, channels, p.activation, scale, shift);
+      else
+        normalise<A>(to, to, channels, p.activation, scale, shift);
+    }
+  }
+
+  // Of a block's channels, for pixels of x.
+  template <class X, class Weight>
+  Gemm<X, Weight, A> product(const X* x, const Weight* weight, Block b, int64_t pixels, A* y) const {
+    return {.a = x,
+            .a_row = x_pixel,
+            .a_k = x_channel,
+            .b = weight,
+            .b_k = b.width,
+            .c = y,
+            .c_row = straight() ? a.out.step : b.width,
+            .rows = pixels,
+            .cols = straight() ? min_of(b.width, p.primary - b.m) : b.width,
+            .depth = p.depth(),
+            .finish = Finish::by_column,
+            .scale = constants.scale(b.m),
+            .shift = constants.shift(b.m),
+            .activation = p.activation};
+  }
+
+  // The product over patches around pixels [pixel, pixel + count) of the maps, some at a time through a buffer.
+  template <class G, class In, class X>
+  void gathered(G g, const In* image, int64_t pixel, int64_t count, X* buffer) const {
+    g.a = buffer;
+    g.a_row = p.channels_last ? p.depth() : 1;
+    g.a_k = p.channels_last ? 1 : kPixels;
+    for (int64_t i = 0; i < count; i += kPixels) {
+      g.rows = min_of(kPixels, count - i);
+      if (!gathers() && p.channels_last)
+        for (int64_t q = 0; q < g.rows; ++q)
+          copy_run(image + (pixel + i + q) * x_pixel, buffer + q * p.in_channels, p.in_channels);
+      else if (!gathers())
+        for (int64_t c = 0; c < p.in_channels; ++c)
+          copy_run(image + c * x_channel + pixel + i, buffer + c * kPixels, g.rows);
+      else if (p.channels_last)
+        patches(image, pixel + i, g.rows, buffer);
+      else
+        planar_patches(image, pixel + i, g.rows, buffer);
+      gemm(g);
+      g.c += kPixels * g.c_row;
+    }
+  }
+
+  // [count, depth]: a window's row is a run of memory, cut off at the edges of the map.
+  template <class In, class X>
+  void patches(const In* image, int64_t pixel, int64_t count, X* to) const {
+    const int64_t kernel = p.primary_kernel, reach = kernel / 2, line = kernel * p.in_channels;
+    // Columns [whole, cut) have whole windows.
+    const int64_t whole = ceil_div(reach, p.stride);
+    const int64_t cut = x_pixel == p.in_channels ? (p.in_width - kernel + reach + p.stride) / p.stride : 0;
+    for (int64_t run; count > 0; count -= run, pixel += run, to += run * p.depth()) {
+      const int64_t r = pixel / p.width, c = pixel % p.width;
+      run = min_of(count, p.width - c);
+      for (int64_t dy = 0; dy < kernel; ++dy) {
+        const int64_t row = r * p.stride - reach + dy;
+        const bool inside = row >= 0 && row < p.in_height;
+        const In* in = image + (row * p.in_width + c * p.stride - reach) * x_pixel;
+        X* out = to + dy * line;
+        for (int64_t i = c; i < c + run; ++i, in += p.stride * x_pixel, out += p.depth()) {
+          if (inside && i >= whole && i < cut) {
+            copy_run(in, out, line);
+            continue;
+          }
+          memset(out, 0, line * sizeof(X));
+          for (int64_t dx = 0; inside && dx < kernel; ++dx) {
+            const int64_t column = i * p.stride - reach + dx;
+            if (column >= 0 && column < p.in_width)
+              copy_run(in + dx * x_pixel, out + dx * p.in_channels, p.in_channels);
+          }
+        }
+      }
+    }
+  }
+
+  // [depth, kPixels]: pixels of one row of the map come from one row of a plane.
+  template <class In, class X>
+  void planar_patches(const In* image, int64_t pixel, int64_t count, X* to) const {
+    const int64_t reach = p.primary_kernel / 2;
+    for (int64_t q = 0; q < count;) {
+      const int64_t r = (pixel + q) / p.width, c = (pixel + q) % p.width;
+      const int64_t run = min_of(count - q, p.width - c);
+      X* line = to + q;
+      for (int64_t dy = 0; dy < p.primary_kernel; ++dy)
+        for (int64_t dx = 0; dx < p.primary_kernel; ++dx) {
+          const int64_t row = r * p.stride - reach + dy, column = c * p.stride - reach + dx;
+          const bool inside = row >= 0 && row < p.in_height;
+          // Pixels [from, stop) of the run have their column inside the map.
+          const int64_t from = inside ? min_of(run, ceil_div(max_of<int64_t>(0, -column), p.stride)) : run;
+          const int64_t stop = max_of(from, min_of(run, (p.in_width - 1 - column + p.stride) / p.stride));
+          const In* in = image + row * p.in_width + column;
+          for (int64_t k = 0; k < p.in_channels; ++k, in += x_channel, line += kPixels) {
+            if (from > 0) memset(line, 0, from * sizeof(X));
+            if (stop < run) memset(line + stop, 0, (run - stop) * sizeof(X));
+            if (p.stride == 1)
+              copy_run(in + from, line + from, stop - from);
+            else
+              for (int64_t i = from; i < stop; ++i) copy_run(in + i * p.stride, line + i, 1);
+          }
+        }
+      q += run;
+    }
+  }
+};
+
+}  // namespace fif::FIF_ISA
