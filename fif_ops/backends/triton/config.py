@@ -90,15 +90,19 @@ def _vector(unit: Unit) -> int:
 def _product(unit: Unit) -> list[Config]:
     channels = power_of_two(unit.group_maps, 16, 32 if _is_fma(unit) else 64)
     if _is_fma(unit):
-        return [Config(channels, 64, 16, 4 if _vector(unit) == 8 else 8, 2), Config(channels, 128, 16, 8, 2)]
+        if _vector(unit) == 8:
+            return [Config(channels, 64, 16, 4, 2), Config(channels, 128, 16, 8, 2)]
+        # Narrow loads take registers: more channels by that many pixels would spill.
+        return [Config(channels, 64, 16, 8, 2), Config(16, 128, 16, 8, 2)]
     if unit.dtype == torch.float32:
         # In NCHW, narrow loads take registers: no more than 64 pixels then, and by 8 warps.
         few = Config(min(channels, 32), 64, 32, 4 if unit.last else 8, 3)
         return [Config(channels, 128 if unit.last else 64, 32, 8, 2), few]
     # Sums of 64 channels by 128 pixels, and their statistics, take all registers that four warps have.
-    warps = 4 if _vector(unit) == 8 and channels < 64 else 8
+    aligned = _vector(unit) == 8
     wide = Config(min(channels, 32), 256, 32, 8, 3)
-    return [Config(channels, 128, 32, warps, 3), wide, Config(channels, 64, 64, 4, 3)]
+    deep = Config(channels, 64, 64, 4 if aligned else 8, 3)
+    return [Config(channels, 128, 32, 4 if aligned and channels < 64 else 8, 3), wide, deep]
 
 
 def _expand(unit: Unit) -> list[Config]:
@@ -145,7 +149,7 @@ def _fused(unit: Unit) -> list[Config]:
     narrow = (_vector(unit) if unit.last else divisor(unit.width)) == 1
     places = 128 if narrow or unit.dtype == torch.float32 else 256
     best = halo_configs(unit, channels, places)
-    larger = not narrow and (unit.last or unit.dtype == torch.float32)  # else it would spill
+    larger = not narrow and (fma or (unit.last and unit.dtype != torch.float32))  # else it would spill
     more = halo_configs(unit, channels, 2 * places if larger else places // 2)[:1]
     return [c._replace(depth=depth, warps=8, stages=2) for c in best + more]
 
@@ -160,7 +164,8 @@ def _primary_backward(unit: Unit) -> list[Config]:
     if _is_fma(unit):
         return [Config(32, 64, 16, 8, 2)]
     if unit.dtype == torch.float32:
-        return [Config(32, 64, 32, 8, 2), Config(64, 64, 32, 8, 2)]
+        more = Config(64, 64, 32, 8, 2) if unit.last else Config(16, 64, 32, 8, 2)  # in NCHW 64 would spill
+        return [Config(32, 64, 32, 8, 2), more]
     channels = power_of_two(max(unit.group_maps, unit.depth), 16, 64 if _vector(unit) == 8 else 32)
     return [Config(channels, 128, 32, 8, 2), Config(channels, 64, 32, 4, 2)]
 
