@@ -50,7 +50,7 @@ def table(suites: dict[str, list[dict]], machine: dict[str, Any], written: Path)
     )
     lines = [
         f"{describe(machine)}, {machine.get('date', 'date unknown')}{_caveat(machine)} ({links}). "
-        "How much longer the best rival takes than the fused unit (geometric mean, least), frozen and with live weights:",
+        "How much longer the best rival takes than the fused unit (geometric mean, least), frozen and live weights:",
         "",
         "| float32 unless said, one core unless said | tasks | rivals | frozen | live |",
         "|---|---|---|---|---|",

@@ -5,6 +5,7 @@
 // result. Every number of a program is checked at every run, which takes a microsecond for a network, so that no
 // program reads or writes outside its memory.
 #include <algorithm>
+#include <cctype>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -203,18 +204,23 @@ Tensor pack(const Tensor& program, const Tensor& primary_weight, const OptionalT
 
 // Constants of one stage found in `packed` at an offset.
 struct Constants {
-  const char* data;
-  const char* plain;  // null without
+  const char* data = nullptr;
+  const char* plain = nullptr;  // null without
+
+  Constants() = default;  // of a stage that has none
 
   Constants(const Tensor& packed, int64_t offset, const Problem& p, bool alone) {
     const int64_t bytes = packed.numel();
     const char* base = static_cast<const char*>(packed.const_data_ptr());
     auto read = [&](const Problem& problem, bool has_plain) {
       const Header wanted = header_of(problem, has_plain);
-      STD_TORCH_CHECK(0 <= offset && offset <= bytes - kAlignment, "the constants do not belong to the program");
+      STD_TORCH_CHECK(0 <= offset && offset <= bytes - kAlignment && offset % kAlignment == 0,
+                      "the constants do not belong to the program");
       Header found;
       std::memcpy(&found, base + offset, sizeof found);
       found.instruction_set[sizeof found.instruction_set - 1] = 0;
+      for (char& c : found.instruction_set)
+        if (c && !std::isalnum(static_cast<unsigned char>(c))) c = '?';
       STD_TORCH_CHECK(std::strcmp(found.instruction_set, wanted.instruction_set) == 0, "the network was frozen for ",
                       found.instruction_set, " and this process uses ", wanted.instruction_set,
                       ": freeze it here, or set FIF_OPS_CPU_ISA");
@@ -250,23 +256,33 @@ struct Slot {
   bool written = false;
 };
 
-Tensor run(const Tensor& x, const Tensor& program, const Tensor& packed, int64_t out_channels, int64_t stride) {
-  check_program(program);
+// The constants themselves, or a copy where they do not lie as the kernels' numbers must, as in a slice of a file.
+Tensor aligned(const Tensor& packed) {
   STD_TORCH_CHECK(
       packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(),
       "packed must be what fif_ops.freeze made");
+  if (reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % sizeof(double) == 0) return packed;
+  Tensor copy = new_tensor(packed, {packed.numel()}, ScalarType::Byte);
+  std::memcpy(copy.mutable_data_ptr(), packed.const_data_ptr(), packed.numel());
+  return copy;
+}
+
+Tensor run(const Tensor& x, const Tensor& program, const Tensor& given, int64_t out_channels, int64_t stride) {
+  check_program(program);
+  const Tensor packed = aligned(given);
   STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU");
   STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions (B, C, H, W), got ", x.dim());
-  STD_TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0 && x.size(2) < (1 << 24) && x.size(3) < (1 << 24),
-                  "x must have channels and pixels");
+  STD_TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, "x must have channels and pixels");
+  STD_TORCH_CHECK(x.size(2) < (1 << 24) && x.size(3) < (1 << 24), "x's height and width must be below 2^24");
   const Dtype dtype = dtype_of(x, "x");
   const int64_t stages = program.size(0), batch = x.size(0);
   const bool alone = stages == 1 && is_unit(stage_of(program, 0)), given_last = is_channels_last(x);
   const bool last = given_last || !alone;
   const Size whole{x.size(1), x.size(2), x.size(3)};
 
-  // Sizes first: those of the slots, and the result's.
+  // Everything is checked before anything is computed, and all sizes found: those of the slots, and the result's.
   std::vector<Slot> slots(stages);
+  std::vector<Constants> constants(stages);
   Size result{};
   auto size_of = [&](int64_t slot) {
     STD_TORCH_CHECK(kEnds <= slot && slot < stages && (slot == kEnds || slots[slot].written),
@@ -283,8 +299,11 @@ Tensor run(const Tensor& x, const Tensor& program, const Tensor& packed, int64_t
     } else {
       STD_TORCH_CHECK(s.kind == kUnit, "a stage of unknown kind ", s.kind);
       const Problem p = problem_of(s, dtype, batch, in, last);
+      constants[i] = Constants(packed, s.offset, p, alone);
       out = {p.out_channels, after(p.height, p.depthwise_stride), after(p.width, p.depthwise_stride)};
     }
+    STD_TORCH_CHECK(double(out.channels) * double(out.height) * double(out.width) * double(batch) < 1e14,
+                    "x is too large: a stage would make maps of more than 10^14 values");
     if (s.add != kNone) {
       const Size add = size_of(s.add);
       STD_TORCH_CHECK(
@@ -326,7 +345,6 @@ Tensor run(const Tensor& x, const Tensor& program, const Tensor& packed, int64_t
     const Output map = slot_map(slot, slots[slot].size);
     return Input{map.data, map.batch, map.step};
   };
-  const Threads threads = cpu_threads();
   for (int64_t i = 0; i < stages; ++i) {
     const Stage s = stage_of(program, i);
     const Size in = s.in == kEnds ? whole : slots[s.in].size;
@@ -352,19 +370,18 @@ Tensor run(const Tensor& x, const Tensor& program, const Tensor& packed, int64_t
       slots[s.out].size = made;
       args.out = slot_map(s.out, made);
     }
-    if (one_pixel && s.out == kEnds) args.out = {out.mutable_data_ptr(), result.channels, result.channels};
+    if (one_pixel && s.out == kEnds) args.out = {out.mutable_data_ptr(), result.channels, last ? result.channels : 1};
     if (s.kind == kPool) {
-      cpu_kernels().pool(p, args, threads);
+      cpu_kernels().pool(p, args, cpu_threads(p));
       continue;
     }
-    const Constants constants(packed, s.offset, p, alone);
-    args.packed = constants.data;
-    if (constants.plain) {
+    args.packed = constants[i].data;
+    if (const char* found = constants[i].plain) {
       const Plain plain(p);
-      args.primary_weight = constants.plain + plain.weight;
-      args.cheap_weight = constants.plain + plain.cheap_weight;
-      args.primary = {nullptr, nullptr, constants.plain + plain.scale, constants.plain + plain.shift};
-      args.cheap = {nullptr, nullptr, constants.plain + plain.cheap_scale, constants.plain + plain.cheap_shift};
+      args.primary_weight = found + plain.weight;
+      args.cheap_weight = found + plain.cheap_weight;
+      args.primary = {nullptr, nullptr, found + plain.scale, found + plain.shift};
+      args.cheap = {nullptr, nullptr, found + plain.cheap_scale, found + plain.cheap_shift};
     }
     // A product alone takes the pixels of all images as those of one.
     const bool pointwise =
@@ -375,7 +392,7 @@ Tensor run(const Tensor& x, const Tensor& program, const Tensor& packed, int64_t
       p.in_height *= p.batch;
       p.batch = 1;
     }
-    cpu_kernels().infer(p, args, threads);
+    cpu_kernels().infer(p, args, cpu_threads(p));
   }
   return last == given_last || one_pixel ? out : torch::stable::contiguous(out);
 }

@@ -52,9 +52,10 @@ Problem problem_of(const Tensor& x, const OptionalTensor& primary_weight, const 
                    int64_t out_channels, int64_t activation, bool splice, int64_t stride, int64_t groups, bool tf32,
                    bool any_kernel = false);
 
-// The CPU's kernels and torch's threads to run them on (csrc/ops.cpp). Raises if FIF_OPS_CPU_ISA names no variant.
+// The CPU's kernels (csrc/ops.cpp). Raises if FIF_OPS_CPU_ISA names no variant.
 const Kernels& cpu_kernels();
-Threads cpu_threads();
+// Torch's threads to run them on: one for every `share` multiply-adds, since to wake one takes microseconds.
+Threads cpu_threads(const Problem& p, int64_t share = 100'000);
 
 // The operators' schemas. Without a primary_weight x holds the primary maps before normalisation, made by another
 // convolution.

@@ -1,4 +1,5 @@
 // The schemas of fif_ops, and its operators on the CPU, on top of the kernels that csrc/dispatch.cpp picked.
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <string>
@@ -9,6 +10,7 @@
 #include "operators.h"
 
 namespace fif {
+
 const Kernels& cpu_kernels() {
   const char* error = nullptr;
   const Kernels* found = chosen_kernels(&error);
@@ -16,10 +18,11 @@ const Kernels& cpu_kernels() {
   return *found;
 }
 
-Threads cpu_threads() {
-  return {static_cast<int>(torch::stable::get_num_threads()),
-          [](int64_t tasks, void (*body)(void*, int64_t, int64_t, int), void* state) {
-            torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+Threads cpu_threads(const Problem& p, int64_t share) {
+  const int64_t most = torch::stable::get_num_threads(), useful = std::max<int64_t>(1, p.multiply_adds() / share);
+  return {static_cast<int>(std::min(most, useful)),
+          [](int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int64_t, int), void* state) {
+            torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
               // All tasks in one call is also what happens inside somebody else's parallel region, whose index means
               // nothing here.
               uint32_t thread = 0;
@@ -30,6 +33,10 @@ Threads cpu_threads() {
 }
 
 namespace {
+
+// Multiply-adds that pay for another thread in training, whose passes meet several times; a backward pass has twice as
+// many as its unit.
+constexpr int64_t kTrainingShare = 1'750'000;
 
 // ---- parameters
 
@@ -115,7 +122,8 @@ Affine affine(Parameters& parameters, const NormArgs& n, int64_t channels, bool 
 }
 
 Problem cpu_problem(Problem p, bool training) {
-  STD_TORCH_CHECK(p.groups == 1 && (p.stride == 1 || !training), "the primary convolution must have one group on the CPU",
+  STD_TORCH_CHECK(p.groups == 1 && (p.stride == 1 || !training),
+                  "the primary convolution must have one group on the CPU",
                   training ? ", and stride 1 in training" : "");
   return p;
 }
@@ -126,8 +134,8 @@ Tensor infer(const Tensor& x, const OptionalTensor& primary_weight, const Tensor
              const OptionalTensor& weight2, const OptionalTensor& bias2, const OptionalTensor& mean2,
              const OptionalTensor& var2, double eps1, double eps2, int64_t out_channels, int64_t activation,
              bool splice, int64_t stride, int64_t groups, bool tf32) {
-  const Problem p =
-      cpu_problem(problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice, stride, groups, tf32, true), false);
+  const Problem p = cpu_problem(
+      problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice, stride, groups, tf32, true), false);
   Parameters parameters(compute_type(x));
   const Tensor input_map = regular(x, p.channels_last);
   const OptionalTensor w1 = dense(primary_weight);
@@ -140,7 +148,7 @@ Tensor infer(const Tensor& x, const OptionalTensor& primary_weight, const Tensor
       affine(parameters, {primary_bias, weight1, bias1, mean1, var1, eps1}, p.primary, false, "primary"),
       affine(parameters, {cheap_bias, weight2, bias2, mean2, var2, eps2}, p.cheap(), false, "cheap"),
       output(out, p.channels_last)};
-  if (p.batch > 0) cpu_kernels().infer(p, args, cpu_threads());
+  if (p.batch > 0) cpu_kernels().infer(p, args, cpu_threads(p));
   return out;
 }
 
@@ -182,8 +190,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train(
     const OptionalTensor& bias2, const OptionalTensor& mean2, const OptionalTensor& var2, double eps1, double eps2,
     int64_t out_channels, int64_t activation, bool splice, bool batch1, bool batch2, double momentum1, double momentum2,
     int64_t stride, int64_t groups, bool tf32) {
-  const Problem p =
-      cpu_problem(problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice, stride, groups, tf32), true);
+  const Problem p = cpu_problem(
+      problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice, stride, groups, tf32), true);
   const ScalarType type = compute_type(x);
   Parameters parameters(type);
   const Tensor input_map = regular(x, p.channels_last);
@@ -216,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train(
     torch::stable::zero_(s2);
     return {out, raw, stats1, stats2};
   }
-  cpu_kernels().train(p, args, cpu_threads());
+  cpu_kernels().train(p, args, cpu_threads(p, kTrainingShare));
   if (batch1) {
     update_running(mean1, torch::stable::select(stats1, 0, 0), std::nullopt, momentum1);
     update_running(var1, fresh1, std::nullopt, momentum1);
@@ -236,7 +244,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     bool splice, bool batch1, bool batch2, bool need_x, bool need_primary_weight, int64_t stride, int64_t groups,
     bool tf32) {
   const Problem p = cpu_problem(problem_of(x, primary_weight, cheap_weight, grad.dim() == 4 ? grad.size(1) : 0,
-                                           activation, splice, stride, groups, tf32), true);
+                                           activation, splice, stride, groups, tf32),
+                                true);
   const ScalarType type = compute_type(x);
   const bool need_weight = need_primary_weight && p.has_primary;
   check_map(grad, x, p, p.out_channels, "grad");
@@ -279,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                           .grad_cheap_weight = grad_w2.mutable_data_ptr(),
                           .grad_primary_affine = grad_norm1.mutable_data_ptr(),
                           .grad_cheap_affine = grad_norm2.mutable_data_ptr()};
-  cpu_kernels().backward(p, args, cpu_threads());
+  cpu_kernels().backward(p, args, cpu_threads(p, kTrainingShare / 2));
   return {grad_x, grad_w1, grad_w2, grad_norm1, grad_norm2};
 }
 

@@ -40,6 +40,9 @@ struct Problem {
   FIF_PORTABLE int64_t pixels() const { return height * width; }
   FIF_PORTABLE int64_t cheap() const { return primary * multiplier; }
   FIF_PORTABLE int64_t depth() const { return in_channels * primary_kernel * primary_kernel; }
+  FIF_PORTABLE int64_t multiply_adds() const {
+    return batch * pixels() * (primary * (has_primary ? depth() : 0) + cheap() * kernel * kernel);
+  }
   FIF_PORTABLE int64_t in_pixels() const { return in_height * in_width; }
   FIF_PORTABLE int64_t kept_primary() const { return splice ? primary : 0; }
 };
@@ -63,10 +66,12 @@ struct Affine {
   const void* bias = nullptr;
 };
 
-// at::parallel_for behind a plain function pointer: body(begin, end, thread) over [0, tasks), thread < count.
+// at::parallel_for behind a plain function pointer: body(begin, end, thread) over [0, tasks), at least `grain` tasks at a
+// time; thread < count as long as there are no more than `count` grains.
 struct Threads {
   int count;
-  void (*run)(int64_t tasks, void (*body)(void* state, int64_t begin, int64_t end, int thread), void* state);
+  void (*run)(int64_t tasks, int64_t grain, void (*body)(void* state, int64_t begin, int64_t end, int thread),
+              void* state);
 };
 
 struct InferArgs {

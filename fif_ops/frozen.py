@@ -5,7 +5,7 @@ and on small maps takes longer than the arithmetic. A chain packs them once, run
 without coming back to Python, and never writes the widest maps of a spindle to memory. It is for inference on the
 processor.
 
-``freeze`` makes one for good; ``Chained`` modules keep one for themselves, and look at each call whether it still holds.
+``freeze`` makes one for good; ``Chained`` modules keep one for themselves, and see at each call whether it still holds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Frozen(nn.Module):
         for i, stage in enumerate(stages):
             strides[i] = strides[stage.value] * stage.stride
         self.out_channels, self.stride = stages[-1].out_channels, strides[len(stages) - 1]
-        self.register_buffer("program", torch.tensor(lines), persistent=False)
+        self.register_buffer("program", torch.tensor(lines, device="cpu"), persistent=False)
         self.register_buffer("packed", torch.cat(packed), persistent=False)
         self.eval()
 
@@ -56,12 +56,14 @@ class Frozen(nn.Module):
         """x: (B, C, H, W). Returns (B, N, H', W'), or (B, N) of a whole network."""
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"x requires a gradient, and a frozen {self.name} has none: use the module it came from")
-        if x.dtype is not self.dtype or not x.is_cpu:
+        constants: Any = self._buffers
+        program, packed = constants["program"], constants["packed"]
+        if x.dtype is not self.dtype or not x.is_cpu or not packed.is_cpu:
             raise RuntimeError(
                 f"x is {x.dtype} on {x.device}, and this {self.name} was frozen in {self.dtype} on the cpu"
+                f"{'' if packed.is_cpu else f' and then moved to {packed.device}'}"
             )
-        constants = self._buffers
-        y = _run(x, constants["program"], constants["packed"], self.out_channels, self.stride)
+        y = _run(x, program, packed, self.out_channels, self.stride)
         return y.flatten(1) if self.flat else y
 
     def extra_repr(self) -> str:
@@ -111,7 +113,7 @@ class Chained(nn.Module):
     copy does without.
     """
 
-    _followed: tuple[Unchanged, list[Tensor], int, Frozen | None] | None = None
+    _followed: _Followed | None = None
 
     def compose(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -123,27 +125,46 @@ class Chained(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W)."""
         frozen = None if torch.is_grad_enabled() else self._chain(x)
-        return self.compose(x) if frozen is None else frozen.forward(x)
+        if frozen is not None:
+            try:
+                return frozen.forward(x)
+            except RuntimeError:  # the way below says in words what is wrong
+                pass
+        return self.compose(x)
 
     def _chain(self, x: Tensor) -> Frozen | None:
         """A chain that does what ``compose`` would do with x, None where there is none."""
-        if type(x) is not Tensor or not x.is_cpu or x.dim() != 4 or x.numel() == 0 or torch.compiler.is_compiling():
+        if type(x) is not Tensor or not x.is_cpu or not ops.LOADED or torch.is_autocast_enabled("cpu"):
             return None
-        if torch.is_autocast_enabled("cpu") or backends.wanted(None) not in (None, "cpu") or not ops.LOADED:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or backends.wanted(None) not in (None, "cpu"):
             return None
-        if self._followed is not None:
-            unchanged, tensors, content, frozen = self._followed
-            if unchanged.holds() and (frozen is None or _fingerprint(tensors) == content):
-                return frozen if frozen is not None and x.dtype is frozen.dtype else None
-        unchanged = Unchanged(self)
-        tensors = unchanged.tensors()
-        chain = Chain.of(self, (FusedFiF,)) if all(t.is_cpu for t in tensors) else None
-        frozen = None if chain is None else Frozen(chain.stages, chain.flat, type(self).__name__)
-        self._followed = unchanged, tensors, _fingerprint(tensors) if frozen is not None else 0, frozen
-        return frozen if frozen is not None and x.dtype is frozen.dtype else None
+        followed = self._followed
+        if followed is None or not followed.holds():
+            followed = self._followed = _Followed(self)
+        return followed.frozen if followed.frozen is not None and x.dtype is followed.frozen.dtype else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_followed": None}  # it knows this module's dictionaries, not a copy's
+
+
+class _Followed:
+    """A module's chain, if it can be one, and what tells whether the module is still what the chain was made of."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.unchanged = Unchanged(module)
+        self.tensors = self.unchanged.tensors()
+        self.content = self._content()
+        chain = None if self.content is None else Chain.of(module, (FusedFiF,))
+        self.frozen = None if chain is None else Frozen(chain.stages, chain.flat, type(module).__name__)
+
+    def holds(self) -> bool:
+        return self.unchanged.holds() and (self.frozen is None or self._content() == self.content)
+
+    def _content(self) -> int | None:
+        try:
+            return _fingerprint(self.tensors)
+        except RuntimeError:  # on other devices, and inside vmap
+            return None
 
 
 class _Unsupported(Exception):
@@ -178,8 +199,8 @@ class _Stage:
     def pack(self, line: list[int]) -> Tensor:
         """The constants; whether the line's slots say that the unit stands alone matters."""
         if self.kind == _POOL:
-            return torch.empty(0, dtype=torch.uint8)
-        return torch.ops.fif_ops.pack(torch.tensor([line]), *self.parameters)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
+        return torch.ops.fif_ops.pack(torch.tensor([line], device="cpu"), *self.parameters)
 
 
 def _slots(stages: Sequence[_Stage]) -> list[list[int]]:
@@ -205,6 +226,7 @@ class Chain:
         self.units = units
         self.stages: list[_Stage] = []
         self.has_unit = False
+        self.kept: set[int] = set()  # values that somebody else reads too, so that their stages must not change
         self.pooled = self.flat = False  # whether maps have one pixel by now, and whether that dimension is gone
 
     @classmethod
@@ -258,7 +280,7 @@ class Chain:
 
     def depthwise(self, conv: Any, scale: Tensor, shift: Tensor, value: int, activation: str | None) -> int:
         """A depthwise convolution becomes the end of the unit before it, whose result nobody else has seen."""
-        _require(activation is None and bool(self.stages) and value == len(self.stages) - 1)
+        _require(activation is None and 0 <= value == len(self.stages) - 1 and value not in self.kept)
         unit = self.stages[-1]
         _require(unit.numbers[2] > 0 and unit.numbers[9] == 0 and unit.add == _NONE)
         kernel, stride = _window(conv)
@@ -289,11 +311,17 @@ class Chain:
             [_dense(conv.weight), _dense(weight), None, scale, shift, cheap_scale, cheap_shift, None, None],
         )
 
+    def keep(self, value: int) -> int:
+        """Says that the value will be read again after what is added next; its stage stays as it is."""
+        self.kept.add(value)
+        return value
+
     def residual(self, value: int, shortcut: int) -> None:
         """Adds another value to that of the last stage."""
-        _require(value == len(self.stages) - 1 and self.stages[value].add == _NONE)
-        _require(self.stages[value].numbers[9] == 0)
-        self.stages[value].add = shortcut
+        _require(0 <= value == len(self.stages) - 1 and value not in self.kept and not self.pooled)
+        stage = self.stages[value]
+        _require(stage.kind == _UNIT and stage.add == _NONE and stage.numbers[9] == 0)
+        stage.add = shortcut
 
     def pool(self, module: Any, value: int) -> int:
         """Means over all pixels."""
@@ -313,7 +341,7 @@ class Chain:
         """A linear layer on flat values, which is a 1x1 convolution of one pixel."""
         _require(self.flat)
         weight = module.weight
-        scale = torch.ones(len(weight), dtype=_compute_type(weight))
+        scale = torch.ones(len(weight), dtype=_compute_type(weight), device="cpu")
         shift = torch.zeros_like(scale) if module.bias is None else module.bias.detach().to(scale.dtype)
         numbers = [weight.shape[1], len(weight), 0, len(weight), 1, 0, 1, 1, 1, 0, 1]
         parameters = [_dense(weight[:, :, None, None]), None, None, scale, shift, None, None, None, None]
@@ -362,9 +390,11 @@ def _affine(conv: Any, norm: Any, copies: int = 1) -> tuple[Tensor, Tensor]:
     """What comes after the products: factor and addend of every map, convolution's bias and normalisation in one."""
     kind = _compute_type(conv.weight)
     count = conv.weight.shape[0] * copies
-    bias = torch.zeros(count, dtype=torch.float64) if conv.bias is None else conv.bias.detach().double().repeat(copies)
+    bias = torch.zeros(count, dtype=torch.float64, device="cpu")
+    if conv.bias is not None:
+        bias = conv.bias.detach().double().repeat(copies)
     if norm is None or type(norm) is nn.Identity:
-        return torch.ones(count, dtype=kind), bias.to(kind)
+        return torch.ones(count, dtype=kind, device="cpu"), bias.to(kind)
     _require(type(norm) is nn.BatchNorm2d and not _changed(norm))
     _require(norm.running_mean is not None and not norm.training)
     scale = (norm.running_var.double() + norm.eps).rsqrt()

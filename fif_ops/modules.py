@@ -36,7 +36,8 @@ class FusedFiF(FeatureAugment):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, in_channels, H, W). Returns (B, out_channels, H', W'), a fresh tensor in x's memory format."""
-        if not torch.compiler.is_compiling() and (prepared := self._prepared) is not None and prepared.fits(x):
+        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # where every way must be the same one
+        if not recorded and (prepared := self._prepared) is not None and prepared.fits(x):
             try:
                 return prepared(x)
             except RuntimeError:  # the way below says in words what is wrong
@@ -60,7 +61,7 @@ class FusedFiF(FeatureAugment):
             _count_batch(primary["1"], -1)
             _count_batch(cheap["1"], -1)
             raise
-        if not torch.compiler.is_compiling():
+        if not recorded:
             given = (x, primary_weight, cheap_weight, primary_bias, cheap_bias)
             self._prepared = PreparedCall(self, call) if can_prepare(call, given) else None
         return call()

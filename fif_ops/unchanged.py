@@ -16,7 +16,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _SETTINGS = {
     "splice": ("out_channels", "activation", "splice", "shared", "stride", "padding", "groups"),
     "padding_mode": ("stride", "padding", "dilation", "groups", "padding_mode"),
-    "eps": ("training", "eps"),
+    "eps": ("eps",),
     "approximate": ("approximate",),
     "output_size": ("output_size",),
 }
@@ -38,7 +38,7 @@ class Unchanged:
         self.entries: list[tuple[Mapping[str, Any], str, Any]] = []
         for part in modules:
             state = part.__dict__
-            settings = {name for kind, names in _SETTINGS.items() if kind in state for name in names}
+            settings = {"training"} | {name for kind, names in _SETTINGS.items() if kind in state for name in names}
             self.entries += [(state, name, state[name]) for name in sorted(settings) if name in state]
             self.entries += [(state, "forward", None)]
             for held in (state["_modules"], state["_parameters"], state["_buffers"]):

@@ -12,10 +12,10 @@ settings.register_profile("fif_ops", deadline=None, derandomize=True, max_exampl
 settings.load_profile("fif_ops")
 
 # What several processes share out: files, because a file's tests share what its fixtures build, and here files that
-# share builds in build/cusim and build/static. The longest come first, or one process would end long after the other.
+# share builds in build/cusim, build/static and build/sanitize. The longest come first, or one process would end long after the other.
 UNITS = (
     ("test_cuda_static.py", "test_cuda_sanitized.py", "test_cuda_kernels.py"),
-    ("test_isa.py",),
+    ("test_isa.py", "test_frozen.py"),
     ("test_triton_kernels.py",),
     ("test_accuracy.py",),
     ("test_build.py",),

@@ -147,7 +147,8 @@ def sanitizers():
     ).stdout.strip()
     return {
         "FIF_OPS_LIBRARY": str(LIBRARY),
-        "LD_PRELOAD": runtime,
+        # The sanitizer looks for the C++ library's exceptions when the process starts, before torch brings it along.
+        "LD_PRELOAD": f"{runtime} libstdc++.so.6",
         # Fresh memory is filled with NaN; the interpreter's own leaks are not ours.
         "ASAN_OPTIONS": "detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255:abort_on_error=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",

@@ -19,6 +19,11 @@ struct Clamp {
       : low(splat<A>(a == Activation::relu || a == Activation::relu6 ? A(0) : -A(INFINITY))),
         high(splat<A>(a == Activation::relu6 ? A(6) : A(INFINITY))) {}
   FIF_INLINE Vec<A> operator()(Vec<A> v) const { return min_keep_nan(high, max_keep_nan(low, v)); }
+#if defined(FIF_AVX512)
+  FIF_INLINE HalfF operator()(HalfF v) const {
+    return (HalfF)_mm256_min_ps((__m256)lower_half(high), _mm256_max_ps((__m256)lower_half(low), (__m256)v));
+  }
+#endif
 };
 
 // e^x to 2 units in the last place: x = k ln2 + r, |r| <= ln2 / 2, polynomial of degree 6 (coefficients 1/n!, the last

@@ -40,7 +40,8 @@ class ChannelWise {
 
  public:
   ChannelWise(const Problem& problem, const InferArgs& args)
-      : p(problem), a(args), blocks(p), constants(p, a.packed), primary(p, a, constants),
+      : p(problem), a(args), blocks(p), constants(p, a.packed),
+        primary(p, a, constants, direct() && sizeof(T) == sizeof(A)),
         halo(max_of<int64_t>(P, p.depthwise_kernel / 2 * 2)), rows(tile()),
         out_height((p.height - 1) / p.depthwise_stride + 1), out_width((p.width - 1) / p.depthwise_stride + 1) {}
 
@@ -73,7 +74,7 @@ class ChannelWise {
   // A block of channels in rows [out_begin, out_end) of the result of image n. y holds the primary maps of a tile and
   // its halo, dense, in the compute type; what the next tile needs of them moves to the front. The same of z, which
   // holds cheap maps, where a depthwise convolution follows.
-  void segment(int64_t n, Block b, int64_t out_begin, int64_t out_end, A* y, A* z, A* wide) const {
+  void segment(int64_t n, ChannelBlock b, int64_t out_begin, int64_t out_end, A* y, A* z, A* wide) const {
     const int64_t line = p.width * b.width, z_size = (rows + halo) * p.width * blocks.most(),
                   reach2 = p.depthwise_kernel / 2, stride = p.depthwise_stride;
     if constexpr (sizeof(T) == sizeof(A))
@@ -108,7 +109,7 @@ class ChannelWise {
   bool direct() const { return p.channels_last && p.multiplier == 1 && is_clamp(p.activation) && !p.depthwise_kernel; }
 
   // y and z point to where row 0 of the map would be.
-  void cheap(int64_t n, Block b, int64_t r, int64_t stop, const A* y, A* z) const {
+  void cheap(int64_t n, ChannelBlock b, int64_t r, int64_t stop, const A* y, A* z) const {
     const int64_t m0 = b.m, step = b.width, channels = min_of(step, p.primary - m0);
     const int64_t first = r * p.width, count = stop * p.width - first;
     if (p.splice && !direct() && !p.depthwise_kernel) place(y + first * step, step, count, channels, n, m0, 1, first);
@@ -118,10 +119,19 @@ class ChannelWise {
       if (direct()) {
         for (int64_t m = 0; m < channels; m += L) {
           auto first_of = [&](int64_t count) { return first_lanes(max_of<int64_t>(0, min_of<int64_t>(L, count - m))); };
-          if (a.add.data)
-            cheap_direct<true>(y + m, step, m0 + m, r, stop, first_of(channels), first_of(kept), n);
-          else
-            cheap_direct<false>(y + m, step, m0 + m, r, stop, first_of(channels), first_of(kept), n);
+          auto run = [&](auto half) {
+            constexpr bool kHalf = decltype(half)::value;
+            if (a.add.data)
+              cheap_direct<true, kHalf>(y + m, step, m0 + m, r, stop, first_of(channels), first_of(kept), n);
+            else
+              cheap_direct<false, kHalf>(y + m, step, m0 + m, r, stop, first_of(channels), first_of(kept), n);
+          };
+          if constexpr (kHalves && sizeof(T) == 4)
+            if (half_wanted<A>(channels - m)) {
+              run(Constant<1>{});
+              continue;
+            }
+          run(Constant<0>{});
         }
         continue;
       }
@@ -164,38 +174,42 @@ class ChannelWise {
   }
 
   // Lambdas hold copies: what a store might change would be read again after each.
-  template <bool Adds>
+  template <bool Adds, bool Half>
   void cheap_direct(const A* y, int64_t y_step, int64_t m, int64_t r, int64_t stop, Mask lanes, Mask kept,
                     int64_t n) const {
+    using V = Part<A, Half>;
     const int64_t step = a.out.step, add_step = a.add.step;
     const Clamp<A> clamp(p.activation);
     T* const image = static_cast<T*>(a.out.data) + n * a.out.batch + m;
     const T* const add = Adds ? static_cast<const T*>(a.add.data) + n * a.add.batch + m : nullptr;
-    auto emit = [=, to = image + p.kept_primary(), add = add + p.kept_primary()](int64_t pixel, Vec<A> v) {
+    auto with_addend = [=](V v, const T* addend, Mask mask) {
+      if constexpr (Adds && Half) return v + lower_half(load(addend, mask));
+      if constexpr (Adds && !Half) return v + load(addend, mask);
+      return v;
+    };
+    auto emit = [=, to = image + p.kept_primary(), add = add + p.kept_primary()](int64_t pixel, V v) {
       __builtin_prefetch(to + (pixel + 32) * step, 1);
-      v = clamp(v);
-      if constexpr (Adds) v += load(add + pixel * add_step, kept);
-      store(to + pixel * step, v, kept);
+      store(to + pixel * step, with_addend(clamp(v), add + pixel * add_step, kept), kept);
     };
     if (p.splice)
-      cheap_vector(y, y_step, m, 0, r, stop, emit, [=](int64_t pixel, Vec<A> v) {
-        if constexpr (Adds) v += load(add + pixel * add_step, lanes);
-        store(image + pixel * step, v, lanes);
+      cheap_vector<Half>(y, y_step, m, 0, r, stop, emit, [=](int64_t pixel, V v) {
+        store(image + pixel * step, with_addend(v, add + pixel * add_step, lanes), lanes);
       });
     else if (kept)
-      cheap_vector(y, y_step, m, 0, r, stop, emit, [](int64_t, Vec<A>) {});
+      cheap_vector<Half>(y, y_step, m, 0, r, stop, emit, [](int64_t, V) {});
   }
 
-  template <class Emit, class Tee>
+  template <bool Half = false, class Emit, class Tee>
   void cheap_vector(const A* y, int64_t step, int64_t m, int64_t s, int64_t r, int64_t stop, Emit emit, Tee tee) const {
+    using V = PartOf<A, Half>;
     const A* packed = constants.cheap(m, s);
-    Vec<A> taps[K * K];
-    FIF_UNROLL for (int t = 0; t < K * K; ++t) taps[t] = load(packed + t * L);
-    depthwise_channels<K, A>(y, step, p.height, p.width, r, stop, taps, load(packed + K * K * L), tee, emit);
+    typename V::type taps[K * K];
+    FIF_UNROLL for (int t = 0; t < K * K; ++t) taps[t] = V::load(packed + t * L);
+    depthwise_channels<K, A, Half>(y, step, p.height, p.width, r, stop, taps, V::load(packed + K * K * L), tee, emit);
   }
 
   // Rows [from, to) of the depthwise convolution that follows, of the primary maps and of the cheap ones.
-  void depthwise(int64_t n, Block b, int64_t from, int64_t to, const A* y, const A* z) const {
+  void depthwise(int64_t n, ChannelBlock b, int64_t from, int64_t to, const A* y, const A* z) const {
     const int64_t m0 = b.m, channels = min_of(b.width, p.primary - m0), step = a.out.step;
     for (int64_t part = p.splice ? 0 : 1; part <= p.multiplier; ++part) {
       const A* maps = part ? z + (part - 1) * (rows + halo) * p.width * blocks.most() : y;

@@ -5,21 +5,20 @@
 
 namespace fif::FIF_ISA {
 
-// Two sums over everything, of the words and of the sums so far: any one word that changes shows in the first, words
-// that change places in the second.
+// Every word is mixed into one of four accumulators by xor, rotation and multiplication, each of which can be undone:
+// so a single word that changes always shows, and changes of several words do not cancel, as they would in sums (a new
+// sign for every weight moves only the highest bits, which no sum and no product carries further).
 class ContentHash {
  public:
   void add(const void* values, int64_t bytes) {
     const char* at = static_cast<const char*>(values);
-    if (!at) {
-      add(VecU{} + 1u);
-      return;
-    }
-    for (; bytes >= kVectorBytes; bytes -= kVectorBytes, at += kVectorBytes)
-      add(*(const VectorOf<uint32_t, kVectorBytes>::unaligned*)at);
+    if (!at) return mix(0, VecU{} + 1u);
+    for (; bytes >= kWays * kVectorBytes; bytes -= kWays * kVectorBytes, at += kWays * kVectorBytes)
+      FIF_UNROLL for (int i = 0; i < kWays; ++i) mix(i, read(at + i * kVectorBytes));
+    for (; bytes >= kVectorBytes; bytes -= kVectorBytes, at += kVectorBytes) mix(0, read(at));
     VecU rest{};
     memcpy(&rest, at, bytes);
-    add(rest);
+    mix(1, rest);
   }
   // Of all that was added, and of the numbers.
   void finish(const int64_t* numbers, int count, uint64_t (&content)[2]) const {
@@ -31,16 +30,19 @@ class ContentHash {
       content[1] = (content[1] + value) * 0xc2b2ae3d27d4eb4f;
       content[1] ^= content[1] >> 31;
     };
-    for (int i = 0; i < kVectorBytes / 4; ++i) mix(uint64_t(sums_[i]) << 32 | words_[i]);
+    for (int way = 0; way < kWays; ++way)
+      for (int i = 0; i < kVectorBytes / 4; ++i) mix(state_[way][i]);
     for (int i = 0; i < count; ++i) mix(numbers[i]);
   }
 
  private:
-  FIF_INLINE void add(VecU v) {
-    words_ += v;
-    sums_ += words_;
+  static constexpr int kWays = 4;  // in turns, since each waits for its own last step
+  static FIF_INLINE VecU read(const char* at) { return *(const VectorOf<uint32_t, kVectorBytes>::unaligned*)at; }
+  FIF_INLINE void mix(int way, VecU v) {
+    v ^= state_[way];
+    state_[way] = (v << 15 | v >> 17) * 0x9e3779b1u;
   }
-  VecU words_{}, sums_{};
+  VecU state_[kWays]{};
 };
 
 }  // namespace fif::FIF_ISA

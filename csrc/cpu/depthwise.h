@@ -112,11 +112,11 @@ FIF_INLINE void depthwise_plane(const In* in, int height, int width, int r0, int
 
 // ---- lanes along channels: pixel p of the map at in + p * step
 
-template <int K, int Q, class A, class Tee, class Emit>
-FIF_INLINE void channel_row(const A* in, int64_t step, int height, int width, int r, int c, const Vec<A> (&taps)[K * K],
-                            Vec<A> start, Tee& tee, Emit& emit) {
+template <int K, int Q, class A, bool Half, class Tee, class Emit>
+FIF_INLINE void channel_row(const A* in, int64_t step, int height, int width, int r, int c,
+                            const Part<A, Half> (&taps)[K * K], Part<A, Half> start, Tee& tee, Emit& emit) {
   constexpr int P = K / 2;
-  Vec<A> acc[Q];
+  Part<A, Half> acc[Q];
   FIF_UNROLL for (int i = 0; i < Q; ++i) acc[i] = start;
   FIF_UNROLL for (int dy = 0; dy < K; ++dy) {
     const int row = r + dy - P;
@@ -125,7 +125,7 @@ FIF_INLINE void channel_row(const A* in, int64_t step, int height, int width, in
     FIF_UNROLL for (int k = 0; k < Q + K - 1; ++k) {
       const int column = c - P + k;
       if ((k < P && column < 0) || (k >= Q + P && column >= width)) continue;
-      const Vec<A> v = load(p + column * step);
+      const Part<A, Half> v = PartOf<A, Half>::load(p + column * step);
       if (dy == P && k >= P && k < Q + P) tee((int64_t)r * width + column, v);
       FIF_UNROLL for (int dx = 0; dx < K; ++dx) {
         const int out = k - dx;
@@ -136,15 +136,15 @@ FIF_INLINE void channel_row(const A* in, int64_t step, int height, int width, in
   FIF_UNROLL for (int i = 0; i < Q; ++i) emit((int64_t)r * width + c + i, acc[i]);
 }
 
-// Rows [r0, r1) of whole vectors in the compute type; taps are K * K vectors, one lane a channel; tee(flat pixel,
-// value) gets the input itself. Rows below 0 and from `height` on count as zeros, so a window of a larger map may be
-// given by a pointer to where its row 0 would be.
-template <int K, class A, class Tee, class Emit>
+// Rows [r0, r1) of whole vectors, or of their lower halves, in the compute type; taps are K * K vectors, one lane a
+// channel; tee(flat pixel, value) gets the input itself. Rows below 0 and from `height` on count as zeros, so a window
+// of a larger map may be given by a pointer to where its row 0 would be.
+template <int K, class A, bool Half = false, class Tee, class Emit>
 FIF_INLINE void depthwise_channels(const A* in, int64_t step, int height, int width, int r0, int r1,
-                                   const Vec<A> (&taps)[K * K], Vec<A> start, Tee tee, Emit emit) {
+                                   const Part<A, Half> (&taps)[K * K], Part<A, Half> start, Tee tee, Emit emit) {
   for (int r = r0; r < r1; ++r)
     in_blocks<kBlock<A, K>>(0, width, [&](int c, auto columns) {
-      channel_row<K, decltype(columns)::value, A>(in, step, height, width, r, c, taps, start, tee, emit);
+      channel_row<K, decltype(columns)::value, A, Half>(in, step, height, width, r, c, taps, start, tee, emit);
     });
 }
 

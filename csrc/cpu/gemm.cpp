@@ -31,11 +31,31 @@ __attribute__((noinline)) void finish_sums(const Gemm<T, B, C>& g, Vec<A>* sums,
     }
 }
 
-template <class T, class B, class C, int R, int V>
+#if defined(FIF_AVX512)
+// By column, the only finish that has halves.
+template <int R, int W, class T, class B, class C, int N>
+FIF_INLINE void finish_half(const Gemm<T, B, C>& g, const VecF (&acc)[R][N], const HalfF (&tail)[R], int64_t i,
+                            int64_t j) {
+  constexpr int L = kLanes<float>;
+  const Clamp<float> clamp(g.activation);
+  C* c = g.c + i * g.c_row + j;
+  const float *scale = g.scale + j, *shift = g.shift + j;
+  FIF_UNROLL for (int r = 0; r < R; ++r, c += g.c_row) {
+    FIF_UNROLL for (int v = 0; v < W; ++v)
+        store(c + v * L, clamp(acc[r][v] * load(scale + v * L) + load(shift + v * L)));
+    store(c + W * L, clamp(tail[r] * load_half(scale + W * L) + load_half(shift + W * L)));
+  }
+}
+#endif
+
+// `Half`: the last of the vectors is half a one.
+template <class T, class B, class C, int R, int V, bool Half>
 void tile(const Gemm<T, B, C>& g, int64_t i, int64_t j, Mask last) {
   using A = Compute<T>;
   constexpr int L = kLanes<A>, kStep = sizeof(T) == sizeof(A) ? 1 : 2;  // along the depth
-  Vec<A> acc[R][V] = {};
+  constexpr int W = Half ? V - 1 : V;                                   // whole vectors
+  Vec<A> acc[R][W > 0 ? W : 1] = {};
+  [[maybe_unused]] Part<A, Half> tail[R] = {};
   // Row addresses as base + {0, 1, 2, 3} * a_row for every four rows: few pointers, no spills.
   constexpr int kGroups = (R + 3) / 4;
   const T* group[kGroups];
@@ -46,8 +66,11 @@ void tile(const Gemm<T, B, C>& g, int64_t i, int64_t j, Mask last) {
   const int64_t ahead = g.b_ahead;
   auto add = [&](auto spread_one) __attribute__((always_inline)) {
     Vec<A> bv[V];
+    [[maybe_unused]] Part<A, Half> bt;
     FIF_UNROLL for (int v = 0; v < V - 1; ++v) bv[v] = load(b + v * L);
-    if constexpr (kStep == 2)
+    if constexpr (Half)
+      bt = load_half(b + W * L);
+    else if constexpr (kStep == 2)
       bv[V - 1] = load(b + (V - 1) * L);  // packed, in whole vectors
     else
       bv[V - 1] = whole && !kFreeMasks ? load(b + (V - 1) * L) : load(b + (V - 1) * L, last);
@@ -58,7 +81,8 @@ void tile(const Gemm<T, B, C>& g, int64_t i, int64_t j, Mask last) {
     FIF_UNROLL for (int r = 0; r < R; ++r) {
       const T* p = group[r / 4] + (r % 4 == 3 ? step3 : (r % 4) * step);
       const Vec<A> av = spread_one(p);
-      FIF_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = multiply_add(p, acc[r][v], av, bv[v]);
+      FIF_UNROLL for (int v = 0; v < W; ++v) acc[r][v] = multiply_add(p, acc[r][v], av, bv[v]);
+      if constexpr (Half) tail[r] += lower_half(av) * bt;
     }
     FIF_UNROLL for (int q = 0; q < kGroups; ++q) {
       group[q] += kStep * g.a_k;
@@ -73,6 +97,10 @@ void tile(const Gemm<T, B, C>& g, int64_t i, int64_t j, Mask last) {
     if (g.depth % 2) add([](const T* p) __attribute__((always_inline)) { return spread_last(p); });
 #endif
 
+  if constexpr (Half) {
+    finish_half<R, W>(g, acc, tail, i, j);
+    return;
+  }
   // Plain stores and clamps of full precision leave straight from the registers; the rest takes the detour over the
   // stack.
   const bool affine = g.finish == Finish::by_row || g.finish == Finish::by_column;
@@ -109,12 +137,12 @@ template <class A, class B, class C>
 using TileFunction = void (*)(const Gemm<A, B, C>&, int64_t, int64_t, Mask);
 
 // tiles[vectors - 1][rows - 1]; null where the registers would not hold it
-template <class A, class B, class C>
+template <class A, class B, class C, bool Half = false>
 struct Tiles {
   TileFunction<A, B, C> at[kTileVectors][kTileRows] = {};
   template <int V, int R>
   constexpr void fill() {
-    at[V - 1][R - 1] = tile<A, B, C, R, V>;
+    at[V - 1][R - 1] = tile<A, B, C, R, V, Half>;
     if constexpr (R < kMaxRows[V])
       fill<V, R + 1>();
     else if constexpr (V < kTileVectors)
@@ -144,7 +172,14 @@ void gemm(const Gemm<A, B, C>& g) {
     const int64_t w = min_of(width, vectors - v);
     const Mask last = first_lanes(min_of<int64_t>(L, g.cols - (v + w - 1) * L));
     const int64_t height = even_block(g.rows, kMaxRows[w]);
-    for (int64_t i = 0; i < g.rows; i += height) tiles.at[w - 1][min_of(height, g.rows - i) - 1](g, i, v * L, last);
+    const auto* tile = tiles.at[w - 1];
+#if defined(FIF_AVX512)
+    if constexpr (sizeof(A) == 4 && sizeof(B) == 4 && sizeof(C) == 4 && sizeof(Compute<A>) == sizeof(A)) {
+      static constexpr Tiles<A, B, C, true> halved;
+      if (g.half && v + w == vectors) tile = halved.at[w - 1];
+    }
+#endif
+    for (int64_t i = 0; i < g.rows; i += height) tile[min_of(height, g.rows - i) - 1](g, i, v * L, last);
   }
 }
 

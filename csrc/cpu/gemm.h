@@ -34,6 +34,7 @@ struct Gemm {
   const Compute<A>* scale = nullptr;
   const Compute<A>* shift = nullptr;
   Activation activation = Activation::none;
+  bool half = false;    // f32, with whole vectors of b and c: the upper half of the last one is not wanted
   int64_t b_ahead = 0;  // elements from what is read of b to what is asked of the caches: 0, or the next tile's
 };
 

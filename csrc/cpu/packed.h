@@ -7,7 +7,7 @@
 namespace fif::FIF_ISA {
 
 // Channels m, m + 1, ... m + width - 1 of the primary maps; lanes beyond the last channel included.
-struct Block {
+struct ChannelBlock {
   int64_t m, width;
 };
 
@@ -18,12 +18,18 @@ struct Blocks {
   const int64_t vectors, count;
 
   explicit Blocks(const Problem& p) : vectors(ceil_div(p.primary, L)), count(ceil_div(vectors, kVectors)) {}
-  Block operator[](int64_t i) const {
+  ChannelBlock operator[](int64_t i) const {
     const int64_t from = i * vectors / count * L;
     return {from, (i + 1) * vectors / count * L - from};
   }
   int64_t most() const { return ceil_div(vectors, count) * L; }  // channels of the widest
 };
+
+// Whether so many channels fit into half a vector.
+template <class A>
+constexpr bool half_wanted(int64_t channels) {
+  return kHalves && sizeof(A) == 4 && channels <= kLanes<A> / 2;
+}
 
 // Whether the product takes bf16 numbers in pairs, as they lie in x.
 inline bool paired(const Problem& p) { return kBf16Dot && p.dtype == Dtype::bf16 && p.channels_last; }
@@ -77,7 +83,7 @@ class Constants {
 
  private:
   // Depth runs over rows and columns of the window, then channels, as a patch of a channels_last map lies in memory.
-  void pack_primary(const InferArgs& a, Block block) const {
+  void pack_primary(const InferArgs& a, ChannelBlock block) const {
     const auto [m, width] = block;
     const int64_t channels = min_of(width, p.primary - m), window = depth / p.in_channels;
     const T* weight = static_cast<const T*>(a.primary_weight) + m * depth;

@@ -30,9 +30,13 @@ class Scratch {
 // f(begin, end, thread) over [0, tasks)
 template <class F>
 void parallel(const Threads& threads, int64_t tasks, F f) {
+  if (threads.count == 1) {
+    if (tasks > 0) f(0, tasks, 0);
+    return;
+  }
   threads.run(
-      tasks, [](void* state, int64_t begin, int64_t end, int thread) { (*static_cast<F*>(state))(begin, end, thread); },
-      &f);
+      tasks, ceil_div(tasks, threads.count),
+      [](void* state, int64_t begin, int64_t end, int thread) { (*static_cast<F*>(state))(begin, end, thread); }, &f);
 }
 
 // Numbers of T as numbers of the compute type: the memory itself where they are the same.

@@ -35,11 +35,13 @@ class Primary {
   const Problem& p;
   const InferArgs& a;
   const Constants<T>& constants;
+  const bool halves_;
   const int64_t x_pixel, x_channel;
 
  public:
-  Primary(const Problem& problem, const InferArgs& args, const Constants<T>& packed)
-      : p(problem), a(args), constants(packed), x_pixel(p.channels_last ? a.x.step : 1),
+  // `halves`: whether the upper half of a vector, where no channel is left for it, may stay unwritten.
+  Primary(const Problem& problem, const InferArgs& args, const Constants<T>& packed, bool halves)
+      : p(problem), a(args), constants(packed), halves_(halves), x_pixel(p.channels_last ? a.x.step : 1),
         x_channel(p.channels_last ? 1 : a.x.step) {}
 
   // Numbers that `rows` needs for a buffer.
@@ -52,7 +54,7 @@ class Primary {
   }
 
   // Rows [row, stop) of image n, pixels `b.width` apart, or in their place in the output where they go straight there.
-  __attribute__((noinline)) void rows(int64_t n, Block b, int64_t row, int64_t stop, A* y, A* wide) const {
+  __attribute__((noinline)) void rows(int64_t n, ChannelBlock b, int64_t row, int64_t stop, A* y, A* wide) const {
     const T* image = static_cast<const T*>(a.x.data) + n * a.x.batch;
     const int64_t pixel = row * p.width, pixels = stop * p.width - pixel;
     if (!p.has_primary) return normalised(image + pixel * x_pixel + b.m * x_channel, b, pixels, y);
@@ -78,7 +80,7 @@ class Primary {
   bool gathers() const { return p.has_primary && (p.primary_kernel > 1 || p.stride > 1); }
 
   // The primary maps that another convolution made.
-  void normalised(const T* x, Block b, int64_t pixels, A* y) const {
+  void normalised(const T* x, ChannelBlock b, int64_t pixels, A* y) const {
     const int64_t channels = min_of(b.width, p.primary - b.m);
     if (!p.channels_last) transpose(x, x_channel, channels, pixels, y, b.width);
     auto scale = [&](int64_t i, Mask) { return load(constants.scale(b.m) + i); };
@@ -94,7 +96,7 @@ class Primary {
 
   // Of a block's channels, for pixels of x.
   template <class X, class Weight>
-  Gemm<X, Weight, A> product(const X* x, const Weight* weight, Block b, int64_t pixels, A* y) const {
+  Gemm<X, Weight, A> product(const X* x, const Weight* weight, ChannelBlock b, int64_t pixels, A* y) const {
     return {.a = x,
             .a_row = x_pixel,
             .a_k = x_channel,
@@ -108,7 +110,8 @@ class Primary {
             .finish = Finish::by_column,
             .scale = constants.scale(b.m),
             .shift = constants.shift(b.m),
-            .activation = p.activation};
+            .activation = p.activation,
+            .half = halves_ && half_wanted<A>(p.primary - b.m - (b.width - L))};
   }
 
   // The product over patches around pixels [pixel, pixel + count) of the maps, some at a time through a buffer.

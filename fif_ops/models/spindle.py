@@ -70,12 +70,15 @@ class Spindle(Chained):
         y = self.fif2(y)
         if self.shortcut is None:
             return y
-        # The second unit's result is ours alone.
-        return y + self.shortcut(x) if torch.is_grad_enabled() else y.add_(self.shortcut(x))
+        # A unit's result is ours alone.
+        fresh = isinstance(self.fif2, FeatureAugment) and not torch.is_grad_enabled()
+        return y.add_(self.shortcut(x)) if fresh else y + self.shortcut(x)
 
     def lower(self, chain: Chain, value: int) -> int:
         """Two or three stages: the strided convolution joins the unit before it, the shortcut the one behind."""
-        shortcut = value if self.shortcut is None else chain.add(self.shortcut, value)
+        shortcut = value
+        if self.shortcut is not None:
+            shortcut = chain.keep(chain.add(self.shortcut, chain.keep(value)))
         inner = chain.add(self.fif1, value)
         if self.depthwise is not None:
             inner = chain.add(self.depthwise, inner)
