@@ -2,7 +2,7 @@
 //
 // A program is a table of stages, one line of kFields numbers each (struct Stage). Stages hand maps to each other
 // through numbered slots of scratch memory, as channels_last maps; -1 stands for the operator's input and for its
-// result. Every number of a program is checked at every run, which takes a microsecond for a network, so that no
+// result. Every number of a program is checked at every run, before anything is computed, so that no
 // program reads or writes outside its memory.
 #include <algorithm>
 #include <cctype>

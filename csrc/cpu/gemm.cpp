@@ -166,7 +166,7 @@ void gemm(const Gemm<A, B, C>& g) {
   if (g.rows <= kTileRows)
     while (width > 1 && kMaxRows[width] < g.rows) --width;
   else
-    width = vectors < 4 ? vectors : even_block(vectors, kRegisters == 32 ? 3 : 2);
+    width = vectors < (kRegisters == 32 ? 5 : 4) ? vectors : even_block(vectors, kRegisters == 32 ? 3 : 2);
   if (width > vectors) width = vectors;
   for (int64_t v = 0; v < vectors; v += width) {
     const int64_t w = min_of(width, vectors - v);

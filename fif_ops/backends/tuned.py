@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-FORMAT = 2  # of the file; raise it when numbers come to mean other configurations. Other formats are ignored.
+FORMAT = 3  # of the file; raise it when numbers come to mean other configurations. Other formats are ignored.
 
 
 def cache_path() -> Path:
