@@ -177,17 +177,19 @@ KINKED = ("relu", "relu6", "hardswish")
 
 
 @st.composite
-def problems(draw: st.DrawFn, training: bool, activations: tuple[str | None, ...] = SMOOTH + KINKED) -> Problem:
+def problems(
+    draw: st.DrawFn, training: bool, activations: tuple[str | None, ...] = SMOOTH + KINKED, fewest: int = 1
+) -> Problem:
     """Small on average, up to 130 channels and 40 x 40 pixels, and at most some 100,000 numbers in all maps together.
 
     For training, only problems with something left beside rounding. Gradients vanish where batch statistics are of few
     values, under a constant gradient, and where they take a single factor away again: that of a 1 x 1 cheap kernel, or
-    the primary weights' over one input channel.
+    the primary weights' over one input channel. ``fewest``: channels out, at least.
     """
     splice = draw(st.booleans())
     channels = st.one_of(st.integers(1, 12), st.integers(1, 130))
     sizes = st.one_of(st.integers(1, 9), st.integers(1, 40))
-    in_channels, out_channels = draw(channels), draw(channels)
+    in_channels, out_channels = draw(channels), max(fewest, draw(channels))
     height, width = draw(sizes), draw(sizes)
     affordable = max(1, 100_000 // ((in_channels + 2 * out_channels) * height * width))
     batch = min(draw(st.integers(0, 5)), affordable)

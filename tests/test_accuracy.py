@@ -97,7 +97,8 @@ def test_random_training(dtype):
     wide = dtype in (torch.float32, torch.float64)
 
     @settings(max_examples=120 if dtype == torch.float32 else 50)
-    @given(problems(training=True, activations=SMOOTH + KINKED if wide else SMOOTH))
+    # In 16 bits the rounding of a gradient that is one number is chance, for the composition too.
+    @given(problems(training=True, activations=SMOOTH + KINKED if wide else SMOOTH, fewest=1 if wide else 16))
     def run(chosen):
         check_problem(chosen, dtype, training=True)
 
