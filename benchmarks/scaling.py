@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from .peaks import floor_seconds, raised
 from .report import COLOURS, INK, TICKS, Column, colour_of, describe
 
-FUSED = "#dc2626"
+OURS = {"fused": "#dc2626", "frozen": "#111827"}
 SIZES = {
     "batch": "batch, of 64-32@28",
     "resolution": "pixels along an edge, of 64-32 b1",
@@ -90,8 +90,8 @@ def _draw_curve(axes: Axes, records: Sequence[dict], label: str) -> None:
         for name, peer in record["peers"].items():
             lines.setdefault((name, peer["family"]), []).append((record["axis"], peer["median"] * 1e6))
     for index, ((name, family), points) in enumerate(lines.items()):
-        ours = family == "fused"
-        colour, style = FUSED if ours else colour_of(family, index), "--" if name == "fused nchw" else "-"
+        ours = family in OURS
+        colour, style = OURS.get(family) or colour_of(family, index), "--" if ours and name.endswith("nchw") else "-"
         axes.plot(*zip(*points, strict=True), f"o{style}", color=colour, linewidth=2 if ours else 1.2, label=name)
     axes.set(xscale="log", yscale="log", ylabel="microseconds")
     axes.set_xlabel(label)
