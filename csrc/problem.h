@@ -66,8 +66,8 @@ struct Affine {
   const void* bias = nullptr;
 };
 
-// at::parallel_for behind a plain function pointer: body(begin, end, thread) over [0, tasks), at least `grain` tasks at a
-// time; thread < count as long as there are no more than `count` grains.
+// at::parallel_for behind a plain function pointer: body(begin, end, thread) over [0, tasks), at least `grain` tasks at
+// a time; thread < count as long as there are no more than `count` grains.
 struct Threads {
   int count;
   void (*run)(int64_t tasks, int64_t grain, void (*body)(void* state, int64_t begin, int64_t end, int thread),
