@@ -11,6 +11,7 @@ processor.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -22,7 +23,8 @@ from .modules import FusedFiF
 from .reference import ACTIVATIONS, FeatureAugment
 from .unchanged import Unchanged
 
-_UNIT, _POOL = 0, 1  # kinds of stages, and numbers of slots, in csrc/frozen.cpp
+# Of csrc/frozen.cpp: kinds of stages; what stands for no value, and for the input and the result of all.
+_UNIT, _POOL = 0, 1
 _NONE, _ENDS = -2, -1
 _run: Any = torch.ops.fif_ops.run.default if ops.LOADED else None
 _fingerprint: Any = torch.ops.fif_ops.fingerprint.default if ops.LOADED else None
@@ -43,11 +45,13 @@ class Frozen(nn.Module):
         packed = [stage.pack(line) for stage, line in zip(stages, lines, strict=True)]
         for i, line in enumerate(lines):
             line[-1] = sum(map(len, packed[:i]))
-        self.name, self.flat, self.dtype = name, flat, stages[0].dtype
+        first = stages[0].parameters
+        assert first is not None  # Chain.pool
+        self.name, self.flat, self.dtype = name, flat, first.weight.dtype
         strides = {_ENDS: 1}  # of every value against the input; 0 after pooling
         for i, stage in enumerate(stages):
             strides[i] = strides[stage.value] * stage.stride
-        self.out_channels, self.stride = stages[-1].out_channels, strides[len(stages) - 1]
+        self.out_channels, self.stride = stages[-1].geometry.out_channels, strides[len(stages) - 1]
         self.register_buffer("program", torch.tensor(lines, device="cpu"), persistent=False)
         self.register_buffer("packed", torch.cat(packed), persistent=False)
         self.eval()
@@ -140,7 +144,8 @@ class Chained(nn.Module):
             return None
         followed = self._followed
         if followed is None or not followed.holds():
-            followed = self._followed = _Followed(self)
+            followed = _Followed(self)
+            self._followed = None if followed.content is None else followed
         return followed.frozen if followed.frozen is not None and x.dtype is followed.frozen.dtype else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -171,36 +176,66 @@ class _Unsupported(Exception):
     """The module has a part that no stage does."""
 
 
-class _Stage:
-    """A line of the program (without slots) and its constants. Values are named by the stage that makes them."""
+@dataclasses.dataclass
+class _Geometry:
+    """The numbers of a stage, in the order of csrc/frozen.cpp: of a unit, or of a convolution (no cheap maps)."""
 
-    def __init__(self, kind: int, value: int, add: int, numbers: Sequence[int], parameters: Sequence[Tensor | None]):
-        self.kind, self.value, self.add = kind, value, add
-        self.numbers, self.parameters = list(numbers), list(parameters)
+    channels: int
+    primary: int
+    multiplier: int = 0
+    out_channels: int = 0
+    kernel: int = 1
+    activation: int = 0
+    splice: int = 1
+    primary_kernel: int = 1
+    stride: int = 1
+    depthwise_kernel: int = 0  # of the depthwise convolution behind the unit
+    depthwise_stride: int = 1
+
+
+@dataclasses.dataclass
+class _Parameters:
+    """What ``pack`` takes: weights, and what comes after their products, as factors and addends of every map."""
+
+    weight: Tensor
+    cheap_weight: Tensor | None = None
+    depthwise_weight: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    cheap_scale: Tensor | None = None
+    cheap_shift: Tensor | None = None
+    depthwise_scale: Tensor | None = None
+    depthwise_shift: Tensor | None = None
+
+
+@dataclasses.dataclass
+class _Stage:
+    """A line of the program (without slots) and its parameters; none for means over all pixels.
+
+    Values are named by the stage that makes them: ``value`` is the one that it reads, ``add`` the one that it adds.
+    """
+
+    value: int
+    geometry: _Geometry
+    parameters: _Parameters | None = None
+    add: int = _NONE
 
     @property
     def line(self) -> list[int]:
-        return [self.kind, self.value, _ENDS, self.add, *self.numbers, 0]
-
-    @property
-    def out_channels(self) -> int:
-        return self.numbers[3]
+        kind = _POOL if self.parameters is None else _UNIT
+        return [kind, self.value, _ENDS, self.add, *dataclasses.astuple(self.geometry), 0]
 
     @property
     def stride(self) -> int:
-        return 0 if self.kind == _POOL else self.numbers[8] * self.numbers[10]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        weight = self.parameters[0]
-        assert weight is not None
-        return weight.dtype
+        """Of the result against the value read; 0 for a single pixel."""
+        return 0 if self.parameters is None else self.geometry.stride * self.geometry.depthwise_stride
 
     def pack(self, line: list[int]) -> Tensor:
         """The constants; whether the line's slots say that the unit stands alone matters."""
-        if self.kind == _POOL:
+        if self.parameters is None:
             return torch.empty(0, dtype=torch.uint8, device="cpu")
-        return torch.ops.fif_ops.pack(torch.tensor([line], device="cpu"), *self.parameters)
+        tensors = [getattr(self.parameters, field.name) for field in dataclasses.fields(self.parameters)]
+        return torch.ops.fif_ops.pack(torch.tensor([line], device="cpu"), *tensors)
 
 
 def _slots(stages: Sequence[_Stage]) -> list[list[int]]:
@@ -274,19 +309,24 @@ class Chain:
         if conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1:
             return self.depthwise(conv, scale, shift, value, activation)
         _require(conv.groups == 1)
-        numbers = [conv.in_channels, conv.out_channels, 0, conv.out_channels, 1, ops.ACTIVATION_CODES[activation], 1,
-                   *_window(conv), 0, 1]  # fmt: skip
-        return self._add(value, numbers, [_dense(conv.weight), None, None, scale, shift, None, None, None, None])
+        kernel, stride = _window(conv)
+        geometry = _Geometry(
+            conv.in_channels, conv.out_channels, out_channels=conv.out_channels, primary_kernel=kernel, stride=stride,
+            activation=ops.ACTIVATION_CODES[activation],
+        )  # fmt: skip
+        return self._add(value, geometry, _Parameters(_dense(conv.weight), scale=scale, shift=shift))
 
     def depthwise(self, conv: Any, scale: Tensor, shift: Tensor, value: int, activation: str | None) -> int:
         """A depthwise convolution becomes the end of the unit before it, whose result nobody else has seen."""
         _require(activation is None and 0 <= value == len(self.stages) - 1 and value not in self.kept)
-        unit = self.stages[-1]
-        _require(unit.numbers[2] > 0 and unit.numbers[9] == 0 and unit.add == _NONE)
-        kernel, stride = _window(conv)
-        _require(kernel > 1 and unit.out_channels == conv.in_channels)
-        unit.numbers[9:11] = kernel, stride
-        unit.parameters[2], unit.parameters[7:9] = _dense(conv.weight), (scale, shift)
+        unit, (kernel, stride) = self.stages[-1], _window(conv)
+        geometry, parameters = unit.geometry, unit.parameters
+        _require(geometry.multiplier > 0 and geometry.depthwise_kernel == 0 and unit.add == _NONE)
+        _require(kernel > 1 and geometry.out_channels == conv.in_channels)
+        assert parameters is not None  # a unit has some
+        geometry.depthwise_kernel, geometry.depthwise_stride = kernel, stride
+        parameters.depthwise_weight = _dense(conv.weight)
+        parameters.depthwise_scale, parameters.depthwise_shift = scale, shift
         return value
 
     def unit(self, module: Any, value: int) -> int:
@@ -302,14 +342,14 @@ class Chain:
         cheap_scale, cheap_shift = _affine(cheap[0], cheap[1], copies)
         weight = weight.repeat(copies, 1, 1, 1)
         _require(cheap[0].padding == (weight.shape[-1] // 2,) * 2 and weight.shape[-1] in (1, 3, 5, 7))
-        numbers = [conv.in_channels, maps, weight.shape[0] // maps, fused.out_channels, weight.shape[-1],
-                   ops.ACTIVATION_CODES[fused.activation], int(fused.splice), *_window(conv), 0, 1]  # fmt: skip
+        kernel, stride = _window(conv)
+        geometry = _Geometry(
+            conv.in_channels, maps, weight.shape[0] // maps, fused.out_channels, weight.shape[-1],
+            ops.ACTIVATION_CODES[fused.activation], int(fused.splice), kernel, stride,
+        )  # fmt: skip
         self.has_unit = True
-        return self._add(
-            value,
-            numbers,
-            [_dense(conv.weight), _dense(weight), None, scale, shift, cheap_scale, cheap_shift, None, None],
-        )
+        parameters = _Parameters(_dense(conv.weight), _dense(weight), None, scale, shift, cheap_scale, cheap_shift)
+        return self._add(value, geometry, parameters)
 
     def keep(self, value: int) -> int:
         """Says that the value will be read again after what is added next; its stage stays as it is."""
@@ -320,14 +360,14 @@ class Chain:
         """Adds another value to that of the last stage."""
         _require(0 <= value == len(self.stages) - 1 and value not in self.kept and not self.pooled)
         stage = self.stages[value]
-        _require(stage.kind == _UNIT and stage.add == _NONE and stage.numbers[9] == 0)
+        _require(stage.parameters is not None and stage.add == _NONE and stage.geometry.depthwise_kernel == 0)
         stage.add = shortcut
 
     def pool(self, module: Any, value: int) -> int:
         """Means over all pixels."""
         _require(module.output_size in (1, (1, 1)) and value != _ENDS)
-        channels = self.stages[value].out_channels
-        self.stages.append(_Stage(_POOL, value, _NONE, [channels, 1, 0, channels, 1, 0, 1, 1, 1, 0, 1], []))
+        channels = self.stages[value].geometry.out_channels
+        self.stages.append(_Stage(value, _Geometry(channels, 1, out_channels=channels)))
         self.pooled = True
         return len(self.stages) - 1
 
@@ -343,18 +383,18 @@ class Chain:
         weight = module.weight
         scale = torch.ones(len(weight), dtype=_compute_type(weight), device="cpu")
         shift = torch.zeros_like(scale) if module.bias is None else module.bias.detach().to(scale.dtype)
-        numbers = [weight.shape[1], len(weight), 0, len(weight), 1, 0, 1, 1, 1, 0, 1]
-        parameters = [_dense(weight[:, :, None, None]), None, None, scale, shift, None, None, None, None]
-        return self._add(value, numbers, parameters)
+        geometry = _Geometry(weight.shape[1], len(weight), out_channels=len(weight))
+        return self._add(value, geometry, _Parameters(_dense(weight[:, :, None, None]), scale=scale, shift=shift))
 
     def nothing(self, module: nn.Module, value: int) -> int:
         """Layers that do nothing in evaluation."""
         _require(not module.training or type(module) is nn.Identity)
         return value
 
-    def _add(self, value: int, numbers: list[int], parameters: list[Tensor | None]) -> int:
-        self.stages.append(_Stage(_UNIT, value, _NONE, numbers, parameters))
-        _require(self.stages[0].dtype == self.stages[-1].dtype)
+    def _add(self, value: int, geometry: _Geometry, parameters: _Parameters) -> int:
+        first = self.stages[0].parameters if self.stages else parameters
+        _require(first is not None and first.weight.dtype == parameters.weight.dtype)
+        self.stages.append(_Stage(value, geometry, parameters))
         return len(self.stages) - 1
 
     _LAYERS: ClassVar[dict[type[nn.Module], Callable[..., int]]] = {
