@@ -550,5 +550,5 @@ def test_operators_of_gpus_say_what_they_lack():
         infer(x, *arguments, stride=0)
     with pytest.raises(RuntimeError, match="must be 1 without a primary_weight"):
         infer(x, None, *arguments[1:], stride=2)
-    with pytest.raises(RuntimeError, match="stride 1 and one group on the CPU"):
-        torch.ops.fif_ops.infer(x, *arguments, stride=2)
+    with pytest.raises(RuntimeError, match="must have one group on the CPU"):
+        torch.ops.fif_ops.infer(x, arguments[0][:, :2], *arguments[1:], groups=2)

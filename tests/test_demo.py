@@ -19,7 +19,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
 
-from fif_ops import FusedFiF, data, demo, report, training  # noqa: E402
+from fif_ops import Frozen, data, demo, report, training  # noqa: E402
 from fif_ops.__main__ import main  # noqa: E402
 
 TINY = ["--size", "16", "--width", "0.25", "--epochs", "1", "--batch-size", "16", "--rounds", "1", "--threads", "1"]
@@ -111,8 +111,8 @@ def test_demo_on_class_folders_skips_what_is_broken(tmp_path: Path, capsys: pyte
 
 
 def test_demo_says_so_when_the_networks_disagree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = FusedFiF.forward
-    monkeypatch.setattr(FusedFiF, "forward", lambda self, x: 1.1 * right(self, x))
+    right = Frozen.forward  # what a fused network is without gradients
+    monkeypatch.setattr(Frozen, "forward", lambda self, x: 1.1 * right(self, x))
     status, text = run_demo("--limit", "5", "--out", str(tmp_path))
     assert status == 1
     assert "The networks disagree: with equal weights the logits differ" in " ".join(text.split())
