@@ -105,6 +105,17 @@ def test_random_training(dtype):
     run()
 
 
+@pytest.mark.parametrize("placement", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_large_training(dtype, placement):
+    """Of the size where torch may do the products of bfloat16."""
+    chosen = problem(
+        in_channels=160, out_channels=256, batch=4, height=14, width=14, activation="silu", placement=placement,
+        grad_placement=placement,
+    )  # fmt: skip
+    check_problem(chosen, dtype, training=True)
+
+
 @pytest.mark.parametrize("norm", ["batch", None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 def test_kinked_activations_in_16_bit(dtype, norm):

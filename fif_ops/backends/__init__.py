@@ -118,9 +118,21 @@ class _Cpu(AnyPrimary, _Kernels):
 
     def fuses_primary(self, problem: Problem, trains: bool) -> bool:
         kernel = problem.primary_weight.shape[2]
+        if trains and self._torch_multiplies_faster(problem):
+            return False
         if trains or problem.groups > 1 or problem.primary_weight.shape[3] != kernel:
             return problem.stride == problem.groups == 1 and super().fuses_primary(problem, trains)
         return kernel in (1, 3, 5, 7) and problem.padding == kernel // 2
+
+    def _torch_multiplies_faster(self, problem: Problem) -> bool:
+        """Training multiplies in float32, torch in pairs of bfloat16 where the processor does: that pays for another
+        pass over large products, save in NCHW on large maps. The order of its sums may depend on the threads."""
+        x, primary = problem.x, problem.primary_weight
+        if x.dtype != torch.bfloat16 or ops.CPU_ISA != "avx512bf16" or torch.are_deterministic_algorithms_enabled():
+            return False
+        pixels = x.shape[2] * x.shape[3]
+        large = x.shape[0] * pixels * primary.shape[0] * primary.shape[1] >= 15_000_000
+        return large and (pixels <= 256 or memory_format_of(x) == torch.channels_last)
 
     def unavailable(self) -> str:
         if not ops.LOADED:
