@@ -61,46 +61,45 @@ Problem problem_of(const Stage& s, Dtype dtype, int64_t batch, Size in, bool cha
           (s.depthwise_kernel == 0 || (odd(s.depthwise_kernel) && s.depthwise_kernel > 1)) && 0 < s.depthwise_stride &&
           s.depthwise_stride < (1 << 24) && (s.depthwise_kernel > 0 || s.depthwise_stride == 1),
       "a stage of the program is not one that fif_ops.freeze makes");
-  Problem p{.batch = batch,
-            .in_channels = s.channels,
-            .in_height = in.height,
-            .in_width = in.width,
-            .height = after(in.height, s.stride),
-            .width = after(in.width, s.stride),
-            .stride = s.stride,
-            .groups = 1,
-            .primary = s.primary,
-            .multiplier = s.multiplier,
-            .out_channels = s.out_channels,
-            .kernel = static_cast<int>(s.kernel),
-            .activation = static_cast<Activation>(s.activation),
-            .splice = s.splice != 0,
-            .channels_last = channels_last,
-            .has_primary = true,
-            .tf32 = false,
-            .dtype = dtype};
-  p.primary_kernel = static_cast<int>(s.primary_kernel);
-  p.depthwise_kernel = static_cast<int>(s.depthwise_kernel);
-  p.depthwise_stride = s.depthwise_stride;
-  return p;
+  return {.batch = batch,
+          .in_channels = s.channels,
+          .in_height = in.height,
+          .in_width = in.width,
+          .height = after(in.height, s.stride),
+          .width = after(in.width, s.stride),
+          .stride = s.stride,
+          .groups = 1,
+          .primary = s.primary,
+          .multiplier = s.multiplier,
+          .out_channels = s.out_channels,
+          .kernel = static_cast<int>(s.kernel),
+          .activation = static_cast<Activation>(s.activation),
+          .splice = s.splice != 0,
+          .channels_last = channels_last,
+          .has_primary = true,
+          .tf32 = false,
+          .dtype = dtype,
+          .primary_kernel = static_cast<int>(s.primary_kernel),
+          .depthwise_kernel = static_cast<int>(s.depthwise_kernel),
+          .depthwise_stride = s.depthwise_stride};
 }
 
-// The parameters as they were, which kernels with lanes along the pixels of a plane use: weights of both convolutions,
-// then factor and addend of both normalisations.
+// The parameters as they were, which kernels with lanes along the pixels of a plane use, each at an aligned offset:
+// weights of both convolutions, then factor and addend of both normalisations.
 struct Plain {
-  int64_t weight, cheap_weight, scale, shift, cheap_scale, cheap_shift, bytes;  // offsets
+  enum { kWeight, kCheapWeight, kScale, kShift, kCheapScale, kCheapShift, kParts };
+  int64_t at[kParts + 1], bytes[kParts];  // at[kParts]: of all
 
   explicit Plain(const Problem& p) {
-    int64_t at = 0;
-    auto take = [&](int64_t count, int64_t size) { return std::exchange(at, at + aligned(count * size)); };
-    const int64_t size = element_size(p.dtype), compute = p.dtype == Dtype::f64 ? 8 : 4;
-    weight = take(p.primary * p.depth(), size);
-    cheap_weight = take(p.cheap() * p.kernel * p.kernel, size);
-    scale = take(p.primary, compute);
-    shift = take(p.primary, compute);
-    cheap_scale = take(p.cheap(), compute);
-    cheap_shift = take(p.cheap(), compute);
-    bytes = at;
+    const int64_t size = element_size(p.dtype), compute = std::max<int64_t>(size, 4);
+    const int64_t sizes[kParts] = {p.primary * p.depth() * size, p.cheap() * p.kernel * p.kernel * size,
+                                   p.primary * compute,          p.primary * compute,
+                                   p.cheap() * compute,          p.cheap() * compute};
+    at[0] = 0;
+    for (int i = 0; i < kParts; ++i) {
+      bytes[i] = sizes[i];
+      at[i + 1] = at[i] + aligned(sizes[i]);
+    }
   }
 };
 
@@ -112,7 +111,7 @@ Header header_of(const Problem& p, bool plain) {
   header.kernels = ((p.multiplier << 8 | p.kernel) << 8 | p.primary_kernel) << 8 | p.depthwise_kernel;
   header.dtype = static_cast<int64_t>(p.dtype) << 1 | p.channels_last;
   header.bytes = aligned(cpu_kernels().packed_bytes(p));
-  header.plain_bytes = plain ? Plain(p).bytes : 0;
+  header.plain_bytes = plain ? Plain(p).at[Plain::kParts] : 0;
   return header;
 }
 
@@ -189,16 +188,10 @@ Tensor pack(const Tensor& program, const Tensor& primary_weight, const OptionalT
   write(planar, problem(false));
   std::memset(to, 0, planar.plain_bytes);
   const Plain plain(p);
-  const int64_t size = element_size(dtype), compute = dtype == Dtype::f64 ? 8 : 4;
-  auto copy = [&](int64_t at, const void* from, int64_t count) {
-    if (from && count > 0) std::memcpy(to + at, from, count);
-  };
-  copy(plain.weight, args.primary_weight, p.primary * p.depth() * size);
-  copy(plain.cheap_weight, args.cheap_weight, p.cheap() * p.kernel * p.kernel * size);
-  copy(plain.scale, args.primary.weight, p.primary * compute);
-  copy(plain.shift, args.primary.bias, p.primary * compute);
-  copy(plain.cheap_scale, args.cheap.weight, p.cheap() * compute);
-  copy(plain.cheap_shift, args.cheap.bias, p.cheap() * compute);
+  const void* const parts[] = {args.primary_weight, args.cheap_weight, args.primary.weight,
+                               args.primary.bias,   args.cheap.weight, args.cheap.bias};
+  for (int i = 0; i < Plain::kParts; ++i)
+    if (parts[i]) std::memcpy(to + plain.at[i], parts[i], plain.bytes[i]);
   return packed;
 }
 
@@ -250,6 +243,14 @@ Tensor fresh_maps(const Tensor& x, int64_t batch, Size size, bool channels_last)
   return Tensor(handle);
 }
 
+// A stage after all checks. Where it pools, the problem has the input's sizes alone.
+struct Step {
+  Stage stage;
+  Problem problem;
+  Size in, out;
+  Constants constants;
+};
+
 struct Slot {
   Size size{};
   int64_t most = 0;  // elements of one image that it ever holds
@@ -282,8 +283,8 @@ Tensor run(const Tensor& x, const Tensor& program, const Tensor& given, int64_t 
 
   // Everything is checked before anything is computed, and all sizes found: those of the slots, and the result's.
   std::vector<Slot> slots(stages);
-  std::vector<Constants> constants(stages);
-  Size result{};
+  std::vector<Step> steps;
+  steps.reserve(stages);
   auto size_of = [&](int64_t slot) {
     STD_TORCH_CHECK(kEnds <= slot && slot < stages && (slot == kEnds || slots[slot].written),
                     "a stage reads what none before it wrote");
@@ -293,13 +294,20 @@ Tensor run(const Tensor& x, const Tensor& program, const Tensor& given, int64_t 
     const Stage s = stage_of(program, i);
     const Size in = size_of(s.in);
     Size out{s.channels, 1, 1};
+    Problem p{};
+    Constants constants;
     if (s.kind == kPool) {
       STD_TORCH_CHECK(s.channels == in.channels && s.add == kNone, "pooling takes ", s.channels, " channels and gets ",
                       in.channels);
+      p.batch = batch;
+      p.in_channels = s.channels;
+      p.in_height = in.height;
+      p.in_width = in.width;
+      p.dtype = dtype;
     } else {
       STD_TORCH_CHECK(s.kind == kUnit, "a stage of unknown kind ", s.kind);
-      const Problem p = problem_of(s, dtype, batch, in, last);
-      constants[i] = Constants(packed, s.offset, p, alone);
+      p = problem_of(s, dtype, batch, in, last);
+      constants = Constants(packed, s.offset, p, alone);
       out = {p.out_channels, after(p.height, p.depthwise_stride), after(p.width, p.depthwise_stride)};
     }
     STD_TORCH_CHECK(double(out.channels) * double(out.height) * double(out.width) * double(batch) < 1e14,
@@ -312,16 +320,17 @@ Tensor run(const Tensor& x, const Tensor& program, const Tensor& given, int64_t 
     }
     STD_TORCH_CHECK(s.out == kEnds ? i == stages - 1 : 0 <= s.out && s.out < stages && s.out != s.in && s.out != s.add,
                     "a stage writes where it reads, or not to a slot");
-    if (s.out == kEnds) {
-      result = out;
-    } else {
+    steps.push_back({s, p, in, out, constants});
+    if (s.out != kEnds) {
       slots[s.out].size = out;
       slots[s.out].most = std::max(slots[s.out].most, out.count());
       slots[s.out].written = true;
     }
   }
+  const Size result = steps.back().out;
   const Size wanted{out_channels, stride ? after(whole.height, stride) : 1, stride ? after(whole.width, stride) : 1};
-  STD_TORCH_CHECK(result.channels == wanted.channels && result.height == wanted.height && result.width == wanted.width,
+  STD_TORCH_CHECK(steps.back().stage.out == kEnds && result.channels == wanted.channels &&
+                      result.height == wanted.height && result.width == wanted.width,
                   "the program's result has other sizes than out_channels and stride say");
 
   const bool one_pixel = result.height == 1 && result.width == 1;  // where the formats are one
@@ -340,48 +349,32 @@ Tensor run(const Tensor& x, const Tensor& program, const Tensor& given, int64_t 
   const std::unique_ptr<void, decltype(&std::free)> owner(memory, &std::free);
   char* const scratch = static_cast<char*>(memory);
   auto slot_map = [&](int64_t slot, Size size) { return Output{scratch + places[slot], size.count(), size.channels}; };
-  auto map_of = [&](int64_t slot) {
+  auto map_of = [&](int64_t slot, Size size) {
     if (slot == kEnds) return input(input_map, last);
-    const Output map = slot_map(slot, slots[slot].size);
+    const Output map = slot_map(slot, size);
     return Input{map.data, map.batch, map.step};
   };
-  for (int64_t i = 0; i < stages; ++i) {
-    const Stage s = stage_of(program, i);
-    const Size in = s.in == kEnds ? whole : slots[s.in].size;
+  // A result of one pixel is dense in either format, whichever its strides say.
+  const Output ends =
+      one_pixel ? Output{out.mutable_data_ptr(), result.channels, last ? result.channels : 1} : output(out, last);
+  for (Step& step : steps) {
+    const Stage& s = step.stage;
+    Problem& p = step.problem;
     InferArgs args{};
-    args.x = map_of(s.in);
-    if (s.add != kNone) args.add = map_of(s.add);
-    Size made{s.channels, 1, 1};
-    Problem p{};
-    if (s.kind == kPool) {
-      p.batch = batch;
-      p.in_channels = s.channels;
-      p.in_height = in.height;
-      p.in_width = in.width;
-      p.channels_last = true;
-      p.dtype = dtype;
-    } else {
-      p = problem_of(s, dtype, batch, in, last);
-      made = {p.out_channels, after(p.height, p.depthwise_stride), after(p.width, p.depthwise_stride)};
-    }
-    if (s.out == kEnds) {
-      args.out = output(out, last);
-    } else {
-      slots[s.out].size = made;
-      args.out = slot_map(s.out, made);
-    }
-    if (one_pixel && s.out == kEnds) args.out = {out.mutable_data_ptr(), result.channels, last ? result.channels : 1};
+    args.x = map_of(s.in, step.in);
+    if (s.add != kNone) args.add = map_of(s.add, step.out);
+    args.out = s.out == kEnds ? ends : slot_map(s.out, step.out);
     if (s.kind == kPool) {
       cpu_kernels().pool(p, args, cpu_threads(p));
       continue;
     }
-    args.packed = constants[i].data;
-    if (const char* found = constants[i].plain) {
-      const Plain plain(p);
-      args.primary_weight = found + plain.weight;
-      args.cheap_weight = found + plain.cheap_weight;
-      args.primary = {nullptr, nullptr, found + plain.scale, found + plain.shift};
-      args.cheap = {nullptr, nullptr, found + plain.cheap_scale, found + plain.cheap_shift};
+    args.packed = step.constants.data;
+    if (const char* found = step.constants.plain) {
+      const auto [weight, cheap_weight, scale, shift, cheap_scale, cheap_shift, end] = Plain(p).at;
+      args.primary_weight = found + weight;
+      args.cheap_weight = found + cheap_weight;
+      args.primary = {nullptr, nullptr, found + scale, found + shift};
+      args.cheap = {nullptr, nullptr, found + cheap_scale, found + cheap_shift};
     }
     // A product alone takes the pixels of all images as those of one.
     const bool pointwise =
@@ -397,7 +390,7 @@ Tensor run(const Tensor& x, const Tensor& program, const Tensor& given, int64_t 
   return last == given_last || one_pixel ? out : torch::stable::contiguous(out);
 }
 
-// A number that changes if any value, shape or dtype among the tensors does: two sums over all words, mixed.
+// A number that changes if any value, shape or dtype among the tensors does.
 int64_t fingerprint(const std::vector<Tensor>& tensors) {
   std::vector<Tensor> copies;
   std::vector<const void*> parts;

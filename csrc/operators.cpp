@@ -8,6 +8,11 @@ int64_t step_of(const Tensor& x, bool channels_last) {
   return x.size(3) > 1 ? x.stride(3) : x.size(2) > 1 ? x.stride(2) : x.size(1);
 }
 
+Tensor new_activation(const Tensor& like, std::vector<int64_t> size, bool channels_last) {
+  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
 }  // namespace
 
 Dtype dtype_of(const Tensor& x, const char* name) {
@@ -52,17 +57,12 @@ Output output(const Tensor& x, bool channels_last) {
   return {x.mutable_data_ptr(), x.stride(0), step_of(x, channels_last)};
 }
 
-Tensor new_maps(const Tensor& like, std::vector<int64_t> size, bool channels_last) {
-  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
 Tensor new_map(const Tensor& like, const Problem& p, int64_t channels) {
-  return new_maps(like, {p.batch, channels, p.height, p.width}, p.channels_last);
+  return new_activation(like, {p.batch, channels, p.height, p.width}, p.channels_last);
 }
 
 Tensor new_input(const Tensor& like, const Problem& p) {
-  return new_maps(like, {p.batch, p.in_channels, p.in_height, p.in_width}, p.channels_last);
+  return new_activation(like, {p.batch, p.in_channels, p.in_height, p.in_width}, p.channels_last);
 }
 
 Tensor new_tensor(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {

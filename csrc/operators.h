@@ -34,7 +34,6 @@ Input input(const Tensor& x, bool channels_last);
 Output output(const Tensor& x, bool channels_last);
 
 // Uninitialised, on the device of `like`, of its dtype where none is given; a map has the problem's batch and size.
-Tensor new_maps(const Tensor& like, std::vector<int64_t> size, bool channels_last);
 Tensor new_map(const Tensor& like, const Problem& p, int64_t channels);
 Tensor new_input(const Tensor& like, const Problem& p);
 Tensor new_tensor(const Tensor& like, std::vector<int64_t> size, ScalarType dtype);

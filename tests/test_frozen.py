@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import DTYPES, PLACEMENTS, in_child, name_of, place, randomise, threads
-from test_isa import ISAS, python, report, sanitizers  # noqa: F401
+from test_isa import ISAS, python, report, run_tests, sanitizers  # noqa: F401
 from torch import nn
 
 from fif_ops import FeatureAugment, Frozen, FusedFiF, backends, freeze, ops
@@ -869,12 +869,8 @@ def test_frozen_for_another_instruction_set(tmp_path):
     assert f"was frozen for {ops.CPU_ISA} and this process uses {other}: freeze it here" in done.stdout, report(done)
 
 
-def run_tests(isa, selection, **environment):
-    code = "import sys, pytest; from fif_ops import ops; assert ops.CPU_ISA == sys.argv.pop(); sys.exit(pytest.main(sys.argv[1:]))"
-    done = python(
-        "-c", code, "test_frozen.py", "-q", "-x", "-s", "-p", "no:cacheprovider", "-k", selection, isa,
-        FIF_OPS_CPU_ISA=isa, **environment,
-    )  # fmt: skip
+def check_tests(isa, selection, **environment):
+    done = run_tests(isa, selection, "-s", file="test_frozen.py", **environment)
     assert done.returncode == 0, report(done)
     assert "runtime error:" not in done.stdout + done.stderr, report(done)
 
@@ -882,10 +878,10 @@ def run_tests(isa, selection, **environment):
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != ops.CPU_ISA])
 def test_every_other_instruction_set(isa):
-    run_tests(isa, EVERY_ISA)
+    check_tests(isa, EVERY_ISA)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", sorted({*ISAS[:1], *ISAS[-1:]}))
 def test_sanitized_kernels(request, isa):
-    run_tests(isa, SANITIZED, **request.getfixturevalue("sanitizers"))
+    check_tests(isa, SANITIZED, **request.getfixturevalue("sanitizers"))

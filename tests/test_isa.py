@@ -33,15 +33,15 @@ def python(*arguments, **environment):
     )
 
 
-def run_tests(isa, selection, *more, **environment):
-    """Run tests of test_accuracy.py in a process that must be using the instruction set."""
+def run_tests(isa, selection, *more, file="test_accuracy.py", **environment):
+    """Run tests of the file in a process that must be using the instruction set."""
     code = (
         "import sys, pytest; from fif_ops import backends, ops; "
         f"assert ops.CPU_ISA == {isa!r}, ops.CPU_ISA; assert ('cpu', True, '') in backends.describe(); "
         "sys.exit(pytest.main(sys.argv[1:]))"
     )
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", selection, *more]
-    return python("-c", code, "test_accuracy.py", *options, FIF_OPS_CPU_ISA=isa, **environment)
+    return python("-c", code, file, *options, FIF_OPS_CPU_ISA=isa, **environment)
 
 
 def report(done):

@@ -48,10 +48,9 @@ class ChannelWise {
   void run(const Threads& threads) const {
     const int64_t pairs = p.batch * blocks.count;
     const int64_t cuts = pairs >= threads.count ? 1 : min_of(out_height, ceil_div(threads.count, pairs));
-    const int64_t line = p.width * blocks.most(), z_size = (rows + halo) * line;
-    const int64_t y_size = (rows + halo + P) * line;
+    const int64_t y_size = (rows + halo + P) * p.width * blocks.most();
     const int64_t z_count = direct() || !p.multiplier ? 0 : p.depthwise_kernel ? p.multiplier : 1;
-    const int64_t each = y_size + z_count * z_size + primary.buffer();
+    const int64_t each = y_size + z_count * z_size() + primary.buffer();
     const Scratch<A> memory(threads.count * each);
     parallel(threads, pairs * cuts, [&](int64_t begin, int64_t end, int thread) {
       A *y = memory.get() + thread * each, *wide = y + y_size, *z = wide + primary.buffer();
@@ -64,6 +63,9 @@ class ChannelWise {
   }
 
  private:
+  // Of the cheap maps of a tile and of what it needs of earlier ones, one for each primary map.
+  int64_t z_size() const { return (rows + halo) * p.width * blocks.most(); }
+
   int64_t tile() const {
     constexpr int64_t kBytes = 64 * 1024;
     const int64_t least = p.depthwise_kernel ? 8 : P == 0 ? 1 : 4 * P;
@@ -75,8 +77,7 @@ class ChannelWise {
   // its halo, dense, in the compute type; what the next tile needs of them moves to the front. The same of z, which
   // holds cheap maps, where a depthwise convolution follows.
   void segment(int64_t n, ChannelBlock b, int64_t out_begin, int64_t out_end, A* y, A* z, A* wide) const {
-    const int64_t line = p.width * b.width, z_size = (rows + halo) * p.width * blocks.most(),
-                  reach2 = p.depthwise_kernel / 2, stride = p.depthwise_stride;
+    const int64_t line = p.width * b.width, reach2 = p.depthwise_kernel / 2, stride = p.depthwise_stride;
     if constexpr (sizeof(T) == sizeof(A))
       if (primary.straight())
         return primary.rows(n, b, out_begin, out_end,
@@ -99,7 +100,7 @@ class ChannelWise {
       const int64_t next = stop - halo;
       if (next < done) memmove(y, y + (next - first) * line, (done - next) * line * sizeof(A));
       for (int64_t s = 0; p.depthwise_kernel && s < p.multiplier; ++s) {
-        A* const map = z + s * z_size;
+        A* const map = z + s * z_size();
         memmove(map, map + (next - first) * line, halo * line * sizeof(A));
       }
     }
@@ -135,7 +136,7 @@ class ChannelWise {
         }
         continue;
       }
-      A* const map = z + (p.depthwise_kernel ? s * (rows + halo) * p.width * blocks.most() : 0);
+      A* const map = z + (p.depthwise_kernel ? s * z_size() : 0);
       for (int64_t m = 0; m < kept; m += L)
         cheap_vector(
             y + m, step, m0 + m, s, r, stop,
@@ -212,7 +213,7 @@ class ChannelWise {
   void depthwise(int64_t n, ChannelBlock b, int64_t from, int64_t to, const A* y, const A* z) const {
     const int64_t m0 = b.m, channels = min_of(b.width, p.primary - m0), step = a.out.step;
     for (int64_t part = p.splice ? 0 : 1; part <= p.multiplier; ++part) {
-      const A* maps = part ? z + (part - 1) * (rows + halo) * p.width * blocks.most() : y;
+      const A* maps = part ? z + (part - 1) * z_size() : y;
       const int64_t apart = part ? p.multiplier : 1;
       for (int64_t m = 0; m < channels; m += L) {
         const int64_t channel = part ? p.kept_primary() + (m0 + m) * apart + part - 1 : m0 + m;

@@ -107,15 +107,21 @@ class Transposed {
   Scratch<A> copy_;
 };
 
+// out[0, count) = in[0, count), in the compute type.
+template <class T>
+FIF_INLINE void copy_run(const T* in, Compute<T>* out, int64_t count) {
+  constexpr int L = kLanes<Compute<T>>;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) store(out + i, load(in + i));
+  if (i == count) return;
+  const Mask lanes = first_lanes(count - i);
+  store(out + i, load(in + i, lanes), lanes);
+}
+
 // Lines of `count` numbers, `step` apart, in the compute type, `to_step` apart.
 template <class T>
 void widen_lines(const T* from, int64_t step, int64_t lines, int64_t count, Compute<T>* to, int64_t to_step) {
-  constexpr int L = kLanes<Compute<T>>;
-  for (int64_t i = 0; i < lines; ++i, from += step, to += to_step)
-    for (int64_t c = 0; c < count; c += L) {
-      const Mask m = first_lanes(min_of<int64_t>(L, count - c));
-      store(to + c, load(from + c, m), m);
-    }
+  for (int64_t i = 0; i < lines; ++i) copy_run(from + i * step, to + i * to_step, count);
 }
 
 // out[i] = activation(in[i] * scale(i) + shift(i)), for maps that another convolution made.

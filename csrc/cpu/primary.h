@@ -7,16 +7,7 @@
 
 namespace fif::FIF_ISA {
 
-// out[0, count) = in[0, count), from the element type to itself or to the compute type.
-template <class T>
-FIF_INLINE void copy_run(const T* in, Compute<T>* out, int64_t count) {
-  constexpr int L = kLanes<Compute<T>>;
-  int64_t i = 0;
-  for (; i + L <= count; i += L) store(out + i, load(in + i));
-  if (i == count) return;
-  const Mask lanes = first_lanes(count - i);
-  store(out + i, load(in + i, lanes), lanes);
-}
+// The same of bf16 numbers that stay what they are.
 FIF_INLINE void copy_run(const bf16* in, bf16* out, int64_t count) {
   constexpr int L = kLanes<float>;
   int64_t i = 0;
