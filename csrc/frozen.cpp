@@ -410,6 +410,13 @@ int64_t fingerprint(const std::vector<Tensor>& tensors) {
       cpu_kernels().fingerprint(parts.data(), bytes.data(), static_cast<int64_t>(parts.size())));
 }
 
+// run, for constants that were packed from tensors that may have changed since.
+Tensor follow(const Tensor& x, const Tensor& program, const Tensor& packed, const std::vector<Tensor>& numbers,
+              int64_t content, int64_t out_channels, int64_t stride) {
+  STD_TORCH_CHECK(fingerprint(numbers) == content, "the constants were packed from other numbers");
+  return run(x, program, packed, out_channels, stride);
+}
+
 }  // namespace
 }  // namespace fif
 
@@ -420,10 +427,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fif_ops, m) {
       "-> Tensor");
   m.def("fingerprint(Tensor[] tensors) -> int");
   m.def("run(Tensor x, Tensor program, Tensor packed, int out_channels, int stride) -> Tensor");
+  m.def(
+      "follow(Tensor x, Tensor program, Tensor packed, Tensor[] numbers, int content, int out_channels, int stride) "
+      "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fif_ops, CPU, m) {
   m.impl("pack", TORCH_BOX(&fif::pack));
   m.impl("fingerprint", TORCH_BOX(&fif::fingerprint));
   m.impl("run", TORCH_BOX(&fif::run));
+  m.impl("follow", TORCH_BOX(&fif::follow));
 }

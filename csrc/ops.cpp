@@ -6,6 +6,9 @@
 #include <tuple>
 #include <vector>
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include "dispatch.h"
 #include "operators.h"
 
@@ -121,6 +124,69 @@ Affine affine(Parameters& parameters, const NormArgs& n, int64_t channels, bool 
   return {parameters.less(mean, conv_bias, channels), parameters.rstd(variance, channels, n.eps), weight, bias};
 }
 
+// What follows the products in inference: factors and addends in the compute type, worked out in double, as
+// fif_ops/chain.py does, so that a unit gives the same bits whichever way it takes.
+class Folded {
+ public:
+  Folded(const NormArgs& n, int64_t channels, ScalarType type, const char* name) {
+    STD_TORCH_CHECK(n.mean.has_value() == n.var.has_value(), name,
+                    "_norm needs both running_mean and running_var, or neither");
+    STD_TORCH_CHECK(n.mean || (!n.weight && !n.bias), name, "_norm without statistics must have no weight and no bias");
+    const Values conv_bias(n.conv_bias, channels, 0, name, "_bias"),
+        mean(n.mean, channels, 0, name, "_norm running_mean"), variance(n.var, channels, 1, name, "_norm running_var"),
+        weight(n.weight, channels, 1, name, "_norm weight"), bias(n.bias, channels, 0, name, "_norm bias");
+    memory_ = std::make_unique_for_overwrite<double[]>(2 * channels);  // room for either type
+    auto fold = [&](auto* scale) {
+      auto* shift = scale + channels;
+      for (int64_t i = 0; i < channels; ++i) {
+        const double factor = n.var ? 1 / std::sqrt(variance[i] + n.eps) * weight[i] : 1;
+        scale[i] = factor;
+        shift[i] = (conv_bias[i] - mean[i]) * factor + bias[i];
+      }
+      affine_ = {nullptr, nullptr, scale, shift};
+    };
+    if (type == ScalarType::Double)
+      fold(memory_.get());
+    else
+      fold(reinterpret_cast<float*>(memory_.get()));
+  }
+  const Affine& affine() const { return affine_; }
+
+ private:
+  // A tensor of one value a channel, of any floating dtype, or one value for all.
+  class Values {
+   public:
+    Values(const OptionalTensor& t, int64_t channels, double otherwise, const char* norm, const char* name)
+        : otherwise_(otherwise) {
+      if (!t) return;
+      STD_TORCH_CHECK(t->is_cpu(), norm, name, " must be on x's device");
+      STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, norm, name, " must have ", channels, " values");
+      dtype_ = dtype_of(*t, name);
+      data_ = t->const_data_ptr();
+      step_ = t->stride(0);
+    }
+    double operator[](int64_t i) const {
+      if (!data_) return otherwise_;
+      i *= step_;
+      switch (dtype_) {
+        case Dtype::f32: return static_cast<const float*>(data_)[i];
+        case Dtype::f64: return static_cast<const double*>(data_)[i];
+        case Dtype::bf16: return static_cast<const c10::BFloat16*>(data_)[i];
+        default: return static_cast<const c10::Half*>(data_)[i];
+      }
+    }
+
+   private:
+    double otherwise_;
+    Dtype dtype_{};
+    const void* data_ = nullptr;
+    int64_t step_ = 0;
+  };
+
+  std::unique_ptr<double[]> memory_;
+  Affine affine_;
+};
+
 Problem cpu_problem(Problem p, bool training) {
   STD_TORCH_CHECK(p.groups == 1 && (p.stride == 1 || !training),
                   "the primary convolution must have one group on the CPU",
@@ -136,18 +202,18 @@ Tensor infer(const Tensor& x, const OptionalTensor& primary_weight, const Tensor
              bool splice, int64_t stride, int64_t groups, bool tf32) {
   const Problem p = cpu_problem(
       problem_of(x, primary_weight, cheap_weight, out_channels, activation, splice, stride, groups, tf32, true), false);
-  Parameters parameters(compute_type(x));
+  const Folded primary({primary_bias, weight1, bias1, mean1, var1, eps1}, p.primary, compute_type(x), "primary");
+  const Folded cheap({cheap_bias, weight2, bias2, mean2, var2, eps2}, p.cheap(), compute_type(x), "cheap");
   const Tensor input_map = regular(x, p.channels_last);
   const OptionalTensor w1 = dense(primary_weight);
   const Tensor w2 = dense(cheap_weight);
   const Tensor out = new_map(x, p, out_channels);
-  const InferArgs args{
-      input(input_map, p.channels_last),
-      w1 ? w1->const_data_ptr() : nullptr,
-      w2.const_data_ptr(),
-      affine(parameters, {primary_bias, weight1, bias1, mean1, var1, eps1}, p.primary, false, "primary"),
-      affine(parameters, {cheap_bias, weight2, bias2, mean2, var2, eps2}, p.cheap(), false, "cheap"),
-      output(out, p.channels_last)};
+  const InferArgs args{input(input_map, p.channels_last),
+                       w1 ? w1->const_data_ptr() : nullptr,
+                       w2.const_data_ptr(),
+                       primary.affine(),
+                       cheap.affine(),
+                       output(out, p.channels_last)};
   if (p.batch > 0) cpu_kernels().infer(p, args, cpu_threads(p));
   return out;
 }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, functional, ops
+from .chain import Chain
 from .prepared import PreparedCall, can_prepare
 from .reference import ACTIVATIONS, FeatureAugment, Norm, SharedConv2d
 
@@ -37,10 +38,10 @@ class FusedFiF(FeatureAugment):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, in_channels, H, W). Returns (B, out_channels, H', W'), a fresh tensor in x's memory format."""
         recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # where every way must be the same one
-        if not recorded and (prepared := self._prepared) is not None and prepared.fits(x):
+        if not recorded and (prepared := self._prepared) is not None and prepared.takes(x) and prepared.holds():
             try:
                 return prepared(x)
-            except RuntimeError:  # the way below says in words what is wrong
+            except RuntimeError:  # other values by now; or a bad x, of which the way below says in words what is wrong
                 self._prepared = None
         if self._fallback_reason() is not None:
             return super().forward(x)
@@ -63,8 +64,12 @@ class FusedFiF(FeatureAugment):
             raise
         if not recorded:
             given = (x, primary_weight, cheap_weight, primary_bias, cheap_bias)
-            self._prepared = PreparedCall(self, call) if can_prepare(call, given) else None
+            self._prepared = PreparedCall.of_unit(self, call) if can_prepare(call, given) else None
         return call()
+
+    def lower(self, chain: Chain, value: int) -> int:
+        """One stage."""
+        return chain.unit(self, value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None}  # it knows this module's dictionaries, not a copy's

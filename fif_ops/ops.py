@@ -182,8 +182,16 @@ def fake_run(x: Tensor, program: Tensor, packed: Tensor, out_channels: int, stri
     return torch.empty((x.shape[0], out_channels, *size), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
+def fake_follow(
+    x: Tensor, program: Tensor, packed: Tensor, numbers: list[Tensor], content: int, out_channels: int, stride: int
+) -> Tensor:
+    """What ``follow`` returns, without values."""
+    return fake_run(x, program, packed, out_channels, stride)
+
+
 if LOADED:
     torch.library.register_fake("fif_ops::run", fake_run)
+    torch.library.register_fake("fif_ops::follow", fake_follow)
     torch.library.register_fake("fif_ops::infer", fake_infer)
     torch.library.register_fake("fif_ops::train", fake_train)
     torch.library.register_fake("fif_ops::backward", fake_backward)

@@ -1,12 +1,14 @@
 """Whether a module is still what it was: the same submodules, parameters, buffers, settings and hooks.
 
 What an earlier call found out about a module (which kernel runs it, on which arguments) stays valid while this holds.
-Identity tests of dictionary entries tell it, 20 nanoseconds each. Values are not looked at.
+Identity tests tell it, 20 nanoseconds each and no Python code between them. Values are not looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
+from itertools import chain
+from operator import is_, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ _SETTINGS = {
     "approximate": ("approximate",),
     "output_size": ("output_size",),
 }
+_END = object()
 
 
 class Unchanged:
@@ -28,31 +31,34 @@ class Unchanged:
     Hooks of ``module`` itself do not count: torch calls those around its forward.
     """
 
-    __slots__ = ("entries", "hooks", "sizes")
+    __slots__ = ("hooks", "now", "settings", "then")
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
         self.hooks = tuple(part.__dict__[name] for part in modules[1:] for name in _HOOKS)
-        self.sizes = [(part._modules, len(part._modules)) for part in modules if part._modules]
-        # Every dictionary entry that the call depends on, absent ones as None.
-        self.entries: list[tuple[Mapping[str, Any], str, Any]] = []
+        self.settings: list[tuple[dict[str, Any], Callable[[dict[str, Any]], Any], Any]] = []
+        self.now: list[Iterable[Any]] = []  # views, behind them a mark that moves if one of them grows or shrinks
         for part in modules:
             state = part.__dict__
-            settings = {"training"} | {name for kind, names in _SETTINGS.items() if kind in state for name in names}
-            self.entries += [(state, name, state[name]) for name in sorted(settings) if name in state]
-            self.entries += [(state, "forward", None)]
-            for held in (state["_modules"], state["_parameters"], state["_buffers"]):
-                self.entries += [(held, name, value) for name, value in held.items()]
+            names = {"training"} | {name for kind, names in _SETTINGS.items() if kind in state for name in names}
+            settings = itemgetter(*(name for name in sorted(names) if name in state))
+            self.settings.append((state, settings, settings(state)))
+            self.now += [held.values() for held in (part._modules, part._parameters, part._buffers) if held]
+        self.now.append((_END,))
+        self.then = list(chain.from_iterable(self.now))
 
     def holds(self) -> bool:
         """Whether nothing changed; values of parameters and buffers may have."""
         if any(self.hooks):
             return False
-        for held, name, value in self.entries:
-            if held.get(name) is not value:
-                return False
-        return all(len(held) == size for held, size in self.sizes)
+        try:
+            for state, settings, values in self.settings:
+                if "forward" in state or settings(state) != values:
+                    return False
+        except KeyError:  # an attribute was deleted
+            return False
+        return all(map(is_, chain.from_iterable(self.now), self.then))
 
-    def tensors(self) -> list[Tensor]:
-        """Parameters and buffers."""
-        return [value for _, _, value in self.entries if isinstance(value, Tensor)]
+    def numbers(self) -> list[Tensor]:
+        """Parameters and buffers, but for counters, on which no result depends."""
+        return [value for value in self.then if isinstance(value, Tensor) and value.is_floating_point()]

@@ -340,10 +340,18 @@ class TestTiming:
         timings = timing.interleaved(actions, PACE)
         assert all(0 < t.lower_quartile <= t.median <= t.upper_quartile for t in timings.values())
         assert all(t.rounds == 3 for t in timings.values())
-        in_turn = [
-            name for name in "abc" for _ in range(1 + timings[name].repeats)
-        ] * 3  # the first call of a sample is not timed
-        assert calls[-len(in_turn) :] == in_turn
+        each = {name: 1 + timings[name].repeats for name in "abc"}  # the first call of a sample is not timed
+        turns = calls[-3 * sum(each.values()) :]
+        orders = set()
+        for _ in range(3):
+            order = []
+            while len(order) < 3:
+                order.append(turns[0])
+                sample, turns = turns[: each[turns[0]]], turns[each[turns[0]] :]
+                assert set(sample) == {order[-1]}
+            assert sorted(order) == ["a", "b", "c"]
+            orders.add(tuple(order))
+        assert len(orders) > 1
 
     def test_short_calls_are_repeated(self):
         short = timing.interleaved({"short": lambda: None}, PACE)["short"]

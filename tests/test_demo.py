@@ -19,8 +19,9 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
 
-from fif_ops import Frozen, data, demo, report, training  # noqa: E402
+from fif_ops import backends, data, demo, report, training  # noqa: E402
 from fif_ops.__main__ import main  # noqa: E402
+from fif_ops.prepared import PreparedCall  # noqa: E402
 
 TINY = ["--size", "16", "--width", "0.25", "--epochs", "1", "--batch-size", "16", "--rounds", "1", "--threads", "1"]
 COLOURS = {"blue": (10, 20, 200), "green": (30, 160, 40), "red": (220, 0, 5)}
@@ -111,8 +112,8 @@ def test_demo_on_class_folders_skips_what_is_broken(tmp_path: Path, capsys: pyte
 
 
 def test_demo_says_so_when_the_networks_disagree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Frozen.forward  # what a fused network is without gradients
-    monkeypatch.setattr(Frozen, "forward", lambda self, x: 1.1 * right(self, x))
+    right = PreparedCall.__call__  # what a fused network is without gradients
+    monkeypatch.setattr(PreparedCall, "__call__", lambda self, x: 1.1 * right(self, x))
     status, text = run_demo("--limit", "5", "--out", str(tmp_path))
     assert status == 1
     assert "The networks disagree: with equal weights the logits differ" in " ".join(text.split())
@@ -134,7 +135,7 @@ def test_what_cannot_run_ends_with_one_line(
     (tmp_path / "taken").write_text("a file where the output folder should be")
     assert run_demo("--out", str(tmp_path / "taken"))[0] == 2
     assert str(tmp_path / "taken") in capsys.readouterr().err
-    monkeypatch.setenv("FIF_OPS_BACKEND", "abacus")
+    monkeypatch.setattr(backends, "_ASKED", "abacus")
     assert run_demo("--out", str(tmp_path / "out"))[0] == 2
     assert "FIF_OPS_BACKEND is 'abacus'" in capsys.readouterr().err
 

@@ -767,7 +767,13 @@ def test_opcheck(placement):
     modules = made(FusedFiF(3, 8)), made(FusedFiF(3, 8), ConvNorm(8, 1, 3, 2)), made(hwnet(0.25, num_classes=5))
     with torch.enable_grad():
         for module in modules:
-            torch.library.opcheck(torch.ops.fif_ops.run.default, arguments(freeze(module), x))
+            x, program, packed, *sizes = arguments(freeze(module), x)
+            torch.library.opcheck(torch.ops.fif_ops.run.default, (x, program, packed, *sizes))
+            numbers = [program.double(), packed]
+            content = torch.ops.fif_ops.fingerprint(numbers)
+            torch.library.opcheck(torch.ops.fif_ops.follow.default, (x, program, packed, numbers, content, *sizes))
+            with pytest.raises(RuntimeError, match="packed from other numbers"):
+                torch.ops.fif_ops.follow(x, program, packed, numbers, content + 1, *sizes)
 
 
 def test_opcheck_of_pack():

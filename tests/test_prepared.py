@@ -18,14 +18,18 @@ X = torch.randn(2, 6, 5, 5)
 
 
 def pair(*args, **kwargs):
-    """A fused unit that has prepared its call, and the plain unit with the same values."""
+    """A fused unit that has become a chain, and the plain unit with the same values."""
     torch.manual_seed(0)
     plain = FeatureAugment(*(args or (6, 20)), **kwargs).eval()
     fused = FusedFiF.from_reference(plain)
     with torch.inference_mode():
-        fused(X)
-    assert fused._prepared is not None
+        fused(X), fused(X)
+    assert is_chain(fused)
     return fused, plain
+
+
+def is_chain(fused):
+    return fused._prepared.operator is torch.ops.fif_ops.follow.default
 
 
 def agree(fused, plain, x=X):
@@ -111,8 +115,78 @@ def test_every_change_takes_effect(change, layout):
     agree(fused, plain, x)
     for unit in (fused, plain):
         change(unit)
-    agree(fused, plain, x)
-    agree(fused, plain, x)
+    for _ in range(4):
+        agree(fused, plain, x)
+
+
+@pytest.mark.parametrize("change", [scale_data, scale_in_place, swap_two, point_elsewhere, move_statistics, load])
+def test_changes_before_every_call(change):
+    """The unit stays with the operator that reads all parameters, and becomes a chain when they rest."""
+    fused, plain = pair()
+    for _ in range(3):
+        for unit in (fused, plain):
+            change(unit)
+        agree(fused, plain)
+        assert not is_chain(fused) or change in (point_elsewhere, load)  # the same values again
+    agree(fused, plain)
+    agree(fused, plain)
+    assert is_chain(fused)
+
+
+class TestSameBits:
+    """A unit gives the same bits in its first call, which folds in C++, and in later ones, as a chain."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+    @pytest.mark.parametrize("statistics", [None, torch.float32, torch.float64], ids=["own", "float", "double"])
+    def test_dtypes(self, dtype, layout, statistics):
+        fused = self.unit((24, 36), dtype)
+        if statistics is not None:
+            for stage in (fused.primary_conv, fused.cheap_operation):
+                stage[1].to(statistics)
+        self.check(fused, torch.randn(2, 24, 17, 17, dtype=dtype).contiguous(memory_format=layout))
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"norm": None, "bias": True}, {"bias": True}, {"ratio": 4}, {"splice": False}, {"activation": "gelu"},
+         {"kernel_size": 3}, {"stride": 2}],
+        ids=str,
+    )  # fmt: skip
+    def test_options(self, options):
+        self.check(self.unit((12, 40), torch.float32, **options), torch.randn(2, 12, 9, 9))
+
+    def unit(self, sizes, dtype, **options):
+        torch.manual_seed(0)
+        fused = FusedFiF(*sizes, **options)
+        for stage in (fused.primary_conv, fused.cheap_operation):
+            if options.get("norm", "batch"):
+                for values in (stage[1].weight, stage[1].running_var):
+                    nn.init.uniform_(values, 0.1, 3.0)
+                for values in (stage[1].bias, stage[1].running_mean):
+                    nn.init.normal_(values)
+        return fused.to(dtype).eval()
+
+    def check(self, fused, x):
+        with torch.inference_mode():
+            first = fused(x)
+            assert fused._prepared is not None and not is_chain(fused)
+            assert torch.equal(first, fused(x))
+            assert is_chain(fused)
+            assert torch.equal(first, fused(x))
+
+
+def test_a_network_of_units_follows_each_change():
+    torch.manual_seed(0)
+    plain = nn.Sequential(FeatureAugment(6, 20), nn.AvgPool2d(2), FeatureAugment(20, 8, stride=2)).eval()
+    net = nn.Sequential(FusedFiF.from_reference(plain[0]), plain[1], FusedFiF.from_reference(plain[2]))
+    for step in range(5):
+        for _ in range(3):
+            agree(net, plain)
+        with torch.no_grad():
+            for both in zip(net.parameters(), plain.parameters(), strict=True):
+                noise = torch.randn_like(both[0])
+                for values in both:
+                    values.add_(noise if step % 2 else 0.1 * noise)
 
 
 def test_other_inputs():
@@ -127,19 +201,21 @@ def test_other_inputs():
 
 def test_modes():
     fused, plain = pair()
-    assert not fused._prepared.fits(X)  # gradients are recorded
+    assert not fused._prepared.takes(X)  # gradients are recorded
     x = X.clone().requires_grad_()
     fused(x).sum().backward()
     assert x.grad is not None
     agree(fused, plain)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert not fused._prepared.fits(X)
+        assert not fused._prepared.takes(X)
         assert fused(X).dtype == torch.bfloat16
     with torch.no_grad():
         fused(X)
-        assert fused._prepared.fits(X)
+        assert fused._prepared.takes(X)
         with backends.use("reference"):
-            assert not fused._prepared.fits(X)
+            assert not fused._prepared.takes(X)
+        with backends.use("cpu"):
+            assert fused._prepared.takes(X)
     assert fused.train()(X).grad_fn is not None
     assert fused.primary_conv[1].num_batches_tracked == 1
 

@@ -196,6 +196,7 @@ _ORDER: tuple[Backend, ...] = (_Cuda(), _Cpu(), Triton(), _Reference())
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ORDER}
 REFERENCE = BACKENDS["reference"]
 
+_ASKED = os.environ.get("FIF_OPS_BACKEND", "")  # read once: a lookup in os.environ takes a microsecond
 _forced: list[str] = []  # names of the blocks of ``use`` that we are in; a plain list, which torch.compile can read
 
 
@@ -221,8 +222,7 @@ def wanted(backend: str | None) -> str | None:
         return _checked(backend, "backend")
     if _forced:
         return _forced[-1]
-    name = os.environ.get("FIF_OPS_BACKEND", "")
-    return _checked(name, "FIF_OPS_BACKEND") if name else None
+    return _checked(_ASKED, "FIF_OPS_BACKEND") if _ASKED else None
 
 
 def bucket(problem: Problem, trains: bool) -> str:

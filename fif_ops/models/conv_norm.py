@@ -46,7 +46,7 @@ class ConvNorm(nn.Sequential):
         return y.relu_() if len(self) > 2 else y
 
     def lower(self, chain: Any, value: int) -> int:
-        """One stage of a ``fif_ops.frozen.Chain``."""
+        """One stage of a ``fif_ops.chain.Chain``."""
         return chain.sequence(self, value)
 
     def _differs(self) -> bool:

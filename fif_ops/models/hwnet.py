@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..frozen import Chain, Chained
+from ..chain import Chain
 from ..modules import FusedFiF
+from ..prepared import Chained
 from ..reference import FeatureAugment, positive_integer
 from .conv_norm import ConvNorm, conv_norm
 from .counts import mac_count, parameter_count
