@@ -44,6 +44,7 @@ X86_ISAS = {
     "avx2": "-march=x86-64-v3",
     "avx512": "-march=x86-64-v4",
     "avx512bf16": "-march=x86-64-v4 -mavx512bf16",
+    "amx": "-march=x86-64-v4 -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 NVCC_FLAGS = "-std=c++20 -O3 -Icsrc --compress-mode=size -Xcompiler -fPIC,-fvisibility=hidden"
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
@@ -301,7 +302,8 @@ class BuildSanitized(BuildKernels):
         if NO_KERNELS:
             stop(f"nothing to sanitize: {NO_KERNELS}")
         checks = f"-fsanitize={os.environ.get('FIF_OPS_SANITIZE') or 'address,undefined'} -fno-sanitize-recover"
-        build_library("build/sanitize", f"-O1 -g1 -fno-omit-frame-pointer {checks}", checks, cuda=False)
+        flags = f"-O1 -g1 -fno-omit-frame-pointer -DFIF_EMULATED_TILES {checks}"  # tile registers access memory unseen
+        build_library("build/sanitize", flags, checks, cuda=False)
 
 
 class Build(build):

@@ -26,6 +26,24 @@ struct Clamp {
 #endif
 };
 
+// Calls f with what clamps values: without an upper bound where there is none, since every operation counts.
+template <class A>
+struct ClampBelow {
+  Vec<A> low;
+  FIF_INLINE Vec<A> operator()(Vec<A> v) const { return max_keep_nan(low, v); }
+#if defined(FIF_AVX512)
+  FIF_INLINE HalfF operator()(HalfF v) const { return (HalfF)_mm256_max_ps((__m256)lower_half(low), (__m256)v); }
+#endif
+};
+template <class A, class F>
+FIF_INLINE void with_clamp(Activation a, F f) {
+  const Clamp<A> clamp(a);
+  if (a == Activation::relu6)
+    f(clamp);
+  else
+    f(ClampBelow<A>{clamp.low});
+}
+
 // e^x to 2 units in the last place: x = k ln2 + r, |r| <= ln2 / 2, polynomial of degree 6 (coefficients 1/n!, the last
 // two adjusted for the interval), then 2^k through the exponent bits. Below -87 the result is 0, above 88 it is inf.
 FIF_INLINE VecF exp_of(VecF x) {

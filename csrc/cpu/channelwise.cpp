@@ -122,10 +122,12 @@ class ChannelWise {
           auto first_of = [&](int64_t count) { return first_lanes(max_of<int64_t>(0, min_of<int64_t>(L, count - m))); };
           auto run = [&](auto half) {
             constexpr bool kHalf = decltype(half)::value;
-            if (a.add.data)
-              cheap_direct<true, kHalf>(y + m, step, m0 + m, r, stop, first_of(channels), first_of(kept), n);
-            else
-              cheap_direct<false, kHalf>(y + m, step, m0 + m, r, stop, first_of(channels), first_of(kept), n);
+            with_clamp<A>(p.activation, [&](auto clamp) {
+              if (a.add.data)
+                cheap_direct<true, kHalf>(y + m, step, m0 + m, r, stop, first_of(channels), first_of(kept), n, clamp);
+              else
+                cheap_direct<false, kHalf>(y + m, step, m0 + m, r, stop, first_of(channels), first_of(kept), n, clamp);
+            });
           };
           if constexpr (kHalves && sizeof(T) == 4)
             if (half_wanted<A>(channels - m)) {
@@ -140,7 +142,10 @@ class ChannelWise {
       for (int64_t m = 0; m < kept; m += L)
         cheap_vector(
             y + m, step, m0 + m, s, r, stop,
-            [=, to = map + m](int64_t pixel, Vec<A> v) { store(to + pixel * step, v); }, [](int64_t, Vec<A>) {});
+            [=, to = map + m](int64_t pixel) {
+              return Along(to + pixel * step, step, [](A* at, Vec<A> v, auto, LaneMask&) { store(at, v); });
+            },
+            [](int64_t) { return Nowhere{}; });
       if (p.activation != Activation::none && kept > 0)
         with_activation<A>(p.activation, [&](auto act) {
           for (int64_t i = first; i < first + count; ++i)
@@ -174,30 +179,33 @@ class ChannelWise {
     }
   }
 
-  // Lambdas hold copies: what a store might change would be read again after each.
-  template <bool Adds, bool Half>
-  void cheap_direct(const A* y, int64_t y_step, int64_t m, int64_t r, int64_t stop, Mask lanes, Mask kept,
-                    int64_t n) const {
+  // A place of the result; where something is to be added, that lies `addend` numbers further on.
+  template <bool Adds, bool Half, class Clamps>
+  void cheap_direct(const A* y, int64_t y_step, int64_t m, int64_t r, int64_t stop, Mask lanes, Mask kept, int64_t n,
+                    Clamps clamp) const {
     using V = Part<A, Half>;
     const int64_t step = a.out.step, add_step = a.add.step;
-    const Clamp<A> clamp(p.activation);
     T* const image = static_cast<T*>(a.out.data) + n * a.out.batch + m;
     const T* const add = Adds ? static_cast<const T*>(a.add.data) + n * a.add.batch + m : nullptr;
-    auto with_addend = [=](V v, const T* addend, Mask mask) {
-      if constexpr (Adds && Half) return v + lower_half(load(addend, mask));
-      if constexpr (Adds && !Half) return v + load(addend, mask);
-      return v;
+    // Lambdas hold copies: what a store might change would be read again after each.
+    auto to_map = [=](int64_t channel, Mask mask, auto value) {
+      return [=, to = image + channel, add = add + channel](int64_t pixel) {
+        return Along(to + pixel * step, step,
+                     [=, add = add + pixel * add_step](T* at, V v, auto exact, LaneMask& small) mutable {
+                       __builtin_prefetch(at + 32 * step, 1);
+                       v = value(v);
+                       if constexpr (Adds && Half) v += lower_half(load(add, mask));
+                       if constexpr (Adds && !Half) v += load(add, mask);
+                       store_quickly(at, v, mask, exact, small);
+                       if constexpr (Adds) add += add_step;
+                     });
+      };
     };
-    auto emit = [=, to = image + p.kept_primary(), add = add + p.kept_primary()](int64_t pixel, V v) {
-      __builtin_prefetch(to + (pixel + 32) * step, 1);
-      store(to + pixel * step, with_addend(clamp(v), add + pixel * add_step, kept), kept);
-    };
+    auto emit = to_map(p.kept_primary(), kept, clamp);
     if (p.splice)
-      cheap_vector<Half>(y, y_step, m, 0, r, stop, emit, [=](int64_t pixel, V v) {
-        store(image + pixel * step, with_addend(v, add + pixel * add_step, lanes), lanes);
-      });
+      cheap_vector<Half>(y, y_step, m, 0, r, stop, emit, to_map(0, lanes, [](V v) { return v; }));
     else if (kept)
-      cheap_vector<Half>(y, y_step, m, 0, r, stop, emit, [](int64_t, V) {});
+      cheap_vector<Half>(y, y_step, m, 0, r, stop, emit, [](int64_t) { return Nowhere{}; });
   }
 
   template <bool Half = false, class Emit, class Tee>

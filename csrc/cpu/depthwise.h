@@ -1,6 +1,6 @@
 // The cheap part: K x K depthwise correlation, stride 1, zero padding, over one plane or over one vector of channels.
 //
-// Both forms call emit(flat pixel, value, [mask]) with start + the sum; scales belong into the taps. A block of outputs
+// Both forms emit start + the sum by flat pixel; scales belong into the taps. A block of outputs
 // shares its loads: R rows of one column vector read R + K - 1 rows for R * K rows of multiply-adds. The halo is never
 // read: masked lanes stand for the zeros around the (already activated) map. A block that would be cut off begins
 // earlier instead, so some values are emitted twice. Limit: the multiply-add units, 9 of about 11 operations for K = 3.
@@ -112,41 +112,81 @@ FIF_INLINE void depthwise_plane(const In* in, int height, int width, int r0, int
 
 // ---- lanes along channels: pixel p of the map at in + p * step
 
-template <int K, int Q, class A, bool Half, class Tee, class Emit>
-FIF_INLINE void channel_row(const A* in, int64_t step, int height, int width, int r, int c,
-                            const Part<A, Half> (&taps)[K * K], Part<A, Half> start, Tee& tee, Emit& emit) {
+// tee(pixel) and emit(pixel) return what takes the values of that pixel and of those after it, one by one: addresses that
+// only move on need no registers. `Exact` and `small` are store_quickly's.
+template <int K, int Q, class A, bool Half, class Exact, class Tee, class Emit>
+FIF_INLINE LaneMask channel_row(const A* in, int64_t step, int height, int width, int r, int c,
+                                const Part<A, Half> (&taps)[K * K], Part<A, Half> start, Exact exact, Tee& tee,
+                                Emit& emit) {
   constexpr int P = K / 2;
+  const int64_t pixel = (int64_t)r * width + c, step3 = 3 * step;
+  LaneMask small = 0;
   Part<A, Half> acc[Q];
   FIF_UNROLL for (int i = 0; i < Q; ++i) acc[i] = start;
   FIF_UNROLL for (int dy = 0; dy < K; ++dy) {
     const int row = r + dy - P;
     if (dy != P && (row < 0 || row >= height)) continue;
-    const A* p = in + (int64_t)row * width * step;
+    auto take = tee(pixel);
+    // As base + {0, 1, 2, 3} * step for every four columns, which are addresses that an instruction can hold.
+    const A* group[(Q + K + 2) / 4];
+    FIF_UNROLL for (int q = 0; q < (Q + K + 2) / 4; ++q) {
+      group[q] = in + ((int64_t)row * width + c - P + 4 * q) * step;
+      asm("" : "+r"(group[q]));
+    }
     FIF_UNROLL for (int k = 0; k < Q + K - 1; ++k) {
       const int column = c - P + k;
       if ((k < P && column < 0) || (k >= Q + P && column >= width)) continue;
-      const Part<A, Half> v = PartOf<A, Half>::load(p + column * step);
-      if (dy == P && k >= P && k < Q + P) tee((int64_t)r * width + column, v);
+      const Part<A, Half> v = PartOf<A, Half>::load(group[k / 4] + (k % 4 == 3 ? step3 : (k % 4) * step));
+      if (dy == P && k >= P && k < Q + P) take(v, exact, small);
       FIF_UNROLL for (int dx = 0; dx < K; ++dx) {
         const int out = k - dx;
         if (out >= 0 && out < Q) acc[out] += v * taps[dy * K + dx];
       }
     }
   }
-  FIF_UNROLL for (int i = 0; i < Q; ++i) emit((int64_t)r * width + c + i, acc[i]);
+  auto take = emit(pixel);
+  FIF_UNROLL for (int i = 0; i < Q; ++i) take(acc[i], exact, small);
+  return small;
 }
 
 // Rows [r0, r1) of whole vectors, or of their lower halves, in the compute type; taps are K * K vectors, one lane a
-// channel; tee(flat pixel, value) gets the input itself. Rows below 0 and from `height` on count as zeros, so a window
-// of a larger map may be given by a pointer to where its row 0 would be.
+// channel; tee gets the input itself. Rows below 0 and from `height` on count as zeros, so a window of a larger map may
+// be given by a pointer to where its row 0 would be.
 template <int K, class A, bool Half = false, class Tee, class Emit>
 FIF_INLINE void depthwise_channels(const A* in, int64_t step, int height, int width, int r0, int r1,
                                    const Part<A, Half> (&taps)[K * K], Part<A, Half> start, Tee tee, Emit emit) {
   for (int r = r0; r < r1; ++r)
     in_blocks<kBlock<A, K>>(0, width, [&](int c, auto columns) {
-      channel_row<K, decltype(columns)::value, A, Half>(in, step, height, width, r, c, taps, start, tee, emit);
+      constexpr int Q = decltype(columns)::value;
+      if (channel_row<K, Q, A, Half>(in, step, height, width, r, c, taps, start, Constant<0>{}, tee, emit)) [[unlikely]]
+        [&] __attribute__((noinline, cold)) () {
+          channel_row<K, Q, A, Half>(in, step, height, width, r, c, taps, start, Constant<1>{}, tee, emit);
+        }();
     });
 }
+
+// What tee and emit return where nothing is wanted.
+struct Nowhere {
+  template <class V, class Exact>
+  FIF_INLINE void operator()(V, Exact, LaneMask&) const {}
+};
+// Values to places `step` apart.
+template <class T, class Map>
+class Along {
+ public:
+  FIF_INLINE Along(T* to, int64_t step, Map map) : to_(to), step_(step), map_(map) {}
+  template <class V, class Exact>
+  FIF_INLINE void operator()(V v, Exact exact, LaneMask& small) {
+    map_(to_, v, exact, small);
+    to_ += step_;
+    asm("" : "+r"(to_));
+  }
+
+ private:
+  T* to_;
+  const int64_t step_;
+  Map map_;
+};
 
 // Outputs c, c + 1, ... c + Q - 1 of one row of a correlation with a stride.
 template <int K, int Q, class A, class Emit>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "pass.h"
+#include "tiles.h"
 
 namespace fif::FIF_ISA {
 
@@ -33,8 +34,9 @@ constexpr bool half_wanted(int64_t channels) {
   return kHalves && sizeof(A) == 4 && channels <= kLanes<A> / 2;
 }
 
-// Whether the product takes bf16 numbers in pairs, as they lie in x.
-inline bool paired(const Problem& p) { return kBf16Dot && p.dtype == Dtype::bf16 && p.channels_last; }
+// Whether the product takes bf16 numbers as they lie in x: by tiles, or in pairs.
+inline bool tiled(const Problem& p) { return kTiles && p.dtype == Dtype::bf16 && p.channels_last; }
+inline bool paired(const Problem& p) { return kBf16Dot && !kTiles && p.dtype == Dtype::bf16 && p.channels_last; }
 
 // The parameters of a unit by blocks of channels; lanes beyond the last channel hold zeros.
 template <class T>
@@ -44,18 +46,20 @@ class Constants {
   const Problem& p;
   const Blocks<A> blocks;
   const int64_t depth, padded;  // depth: of the product, 0 without one
+  const int64_t lines;  // of numbers, or of pairs, for a vector of channels
   const int64_t taps, depthwise_taps;
   A* const data;
 
  public:
   Constants(const Problem& problem, const void* memory)
       : p(problem), blocks(p), depth(p.has_primary ? p.depth() : 0), padded(blocks.vectors * L),
-        taps(int64_t(p.kernel) * p.kernel), depthwise_taps(int64_t(p.depthwise_kernel) * p.depthwise_kernel),
+        lines(tiled(p) ? TileChunks(depth).width() / 2 : depth), taps(int64_t(p.kernel) * p.kernel), depthwise_taps(int64_t(p.depthwise_kernel) * p.depthwise_kernel),
         data(static_cast<A*>(const_cast<void*>(memory))) {}
 
   int64_t bytes() const { return (depthwise(padded, 0) - primary(0)) * int64_t(sizeof(A)); }
-  // [depth, width of the block that begins at channel m]; where they are paired, [ceil(depth / 2), width] pairs
-  A* primary(int64_t m) const { return data + m * depth; }
+  // [depth, width of the block that begins at channel m]; where they are paired, [ceil(depth / 2), width] pairs; for
+  // tiles [vectors of the block, pairs of all chunks, L]
+  A* primary(int64_t m) const { return data + m * lines; }
   A* scale(int64_t m) const { return primary(padded) + m; }
   A* shift(int64_t m) const { return scale(m) + padded; }
   // [K * K + 1, L]: taps times scale, then shift, of the cheap maps number s of the vector at channel m
@@ -66,7 +70,12 @@ class Constants {
   }
 
   void pack(const InferArgs& a) const {
-    for (int64_t i = 0; p.has_primary && i < blocks.count; ++i) pack_primary(a, blocks[i]);
+    for (int64_t i = 0; p.has_primary && i < blocks.count; ++i) {
+      if (tiled(p))
+        pack_tiles(a, blocks[i]);
+      else
+        pack_primary(a, blocks[i]);
+    }
     for (int64_t m = 0; m < padded; m += L) {
       const int64_t channels = max_of<int64_t>(0, min_of<int64_t>(L, p.primary - m));
       const Mask lanes = first_lanes(channels);
@@ -84,18 +93,32 @@ class Constants {
   }
 
  private:
-  // Depth runs over rows and columns of the window, then channels, as a patch of a channels_last map lies in memory.
+  // Where number k of the product's depth lies among a map's weights: depth runs over rows and columns of the window,
+  // then channels, as a patch of a channels_last map lies in memory.
+  int64_t place(int64_t k) const {
+    return k % p.in_channels * (depth / p.in_channels) + k / p.in_channels;
+  }
+
+  void pack_tiles(const InferArgs& a, ChannelBlock block) const {
+    const auto [m, width] = block;
+    const T* weight = static_cast<const T*>(a.primary_weight) + m * depth;
+    T* const to = reinterpret_cast<T*>(primary(m));
+    memset(to, 0, width * lines * sizeof(A));
+    for (int64_t i = 0; i < min_of(width, p.primary - m); ++i)
+      for (int64_t k = 0; k < depth; ++k)
+        to[((i / L * lines + k / 2) * L + i % L) * 2 + k % 2] = weight[i * depth + place(k)];
+  }
+
   void pack_primary(const InferArgs& a, ChannelBlock block) const {
     const auto [m, width] = block;
-    const int64_t channels = min_of(width, p.primary - m), window = depth / p.in_channels;
+    const int64_t channels = min_of(width, p.primary - m);
     const T* weight = static_cast<const T*>(a.primary_weight) + m * depth;
     if (channels < width) memset(primary(m), 0, width * depth * sizeof(A));
-    if (window == 1)
+    if (depth == p.in_channels)
       transpose(weight, depth, channels, depth, primary(m), width);
     else
       for (int64_t k = 0; k < depth; ++k)
-        for (int64_t i = 0; i < channels; ++i)
-          primary(m)[k * width + i] = to_compute(weight[i * depth + k % p.in_channels * window + k / p.in_channels]);
+        for (int64_t i = 0; i < channels; ++i) primary(m)[k * width + i] = to_compute(weight[i * depth + place(k)]);
     if (paired(p)) pair_up(primary(m), width);
   }
 

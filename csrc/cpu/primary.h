@@ -3,6 +3,8 @@
 // k * k * C numbers, against k * k * C * M multiply-adds.
 #pragma once
 
+#include <type_traits>
+
 #include "packed.h"
 
 namespace fif::FIF_ISA {
@@ -26,17 +28,18 @@ class Primary {
   const Problem& p;
   const InferArgs& a;
   const Constants<T>& constants;
+  const TileChunks chunks;
   const bool halves_;
   const int64_t x_pixel, x_channel;
 
  public:
   // `halves`: whether the upper half of a vector, where no channel is left for it, may stay unwritten.
   Primary(const Problem& problem, const InferArgs& args, const Constants<T>& packed, bool halves)
-      : p(problem), a(args), constants(packed), halves_(halves), x_pixel(p.channels_last ? a.x.step : 1),
+      : p(problem), a(args), constants(packed), chunks(p.depth()), halves_(halves), x_pixel(p.channels_last ? a.x.step : 1),
         x_channel(p.channels_last ? 1 : a.x.step) {}
 
   // Numbers that `rows` needs for a buffer.
-  int64_t buffer() const { return gathers() || sizeof(T) != sizeof(A) ? kPixels * p.depth() : 0; }
+  int64_t buffer() const { return gathers() || sizeof(T) != sizeof(A) ? kPixels * pitch() : 0; }
 
   // Whether the product goes straight to its place in the output: nothing follows it.
   bool straight() const {
@@ -49,6 +52,24 @@ class Primary {
     const T* image = static_cast<const T*>(a.x.data) + n * a.x.batch;
     const int64_t pixel = row * p.width, pixels = stop * p.width - pixel;
     if (!p.has_primary) return normalised(image + pixel * x_pixel + b.m * x_channel, b, pixels, y);
+#if defined(__AMX_BF16__)
+    if constexpr (std::is_same_v<T, bf16>)
+      if (tiled(p)) {
+        TileProduct g{.a = image + pixel * x_pixel,
+                      .a_row = x_pixel,
+                      .b = reinterpret_cast<const bf16_pair*>(constants.primary(b.m)),
+                      .chunks = chunks.count,
+                      .chunk = chunks.size,
+                      .c = y,
+                      .c_row = b.width,
+                      .rows = pixels,
+                      .vectors = b.width / L,
+                      .scale = constants.scale(b.m),
+                      .shift = constants.shift(b.m),
+                      .activation = p.activation};
+        return gathers() ? gathered(g, image, pixel, pixels, reinterpret_cast<bf16*>(wide)) : gemm(g);
+      }
+#endif
 #if defined(FIF_BF16_DOT)
     if constexpr (sizeof(T) == 2)
       if (paired(p)) {
@@ -68,7 +89,11 @@ class Primary {
 
  private:
   // Whether the product's rows are patches of x rather than its pixels.
-  bool gathers() const { return p.has_primary && (p.primary_kernel > 1 || p.stride > 1); }
+  bool windows() const { return p.has_primary && (p.primary_kernel > 1 || p.stride > 1); }
+  // Whether they pass through a buffer although they have x's dtype.
+  bool gathers() const { return windows() || (p.has_primary && tiled(p) && chunks.copies); }
+  // Numbers of a row in the buffer, zeros behind its last one.
+  int64_t pitch() const { return tiled(p) ? chunks.width() : p.depth(); }
 
   // The primary maps that another convolution made.
   void normalised(const T* x, ChannelBlock b, int64_t pixels, A* y) const {
@@ -109,14 +134,17 @@ class Primary {
   template <class G, class In, class X>
   void gathered(G g, const In* image, int64_t pixel, int64_t count, X* buffer) const {
     g.a = buffer;
-    g.a_row = p.channels_last ? p.depth() : 1;
-    g.a_k = p.channels_last ? 1 : kPixels;
+    g.a_row = p.channels_last ? pitch() : 1;
+    if constexpr (requires { g.a_k; }) g.a_k = p.channels_last ? 1 : kPixels;
+    if (pitch() > p.depth())
+      for (int64_t q = 0; q < min_of(kPixels, count); ++q)
+        memset(buffer + q * pitch() + p.depth(), 0, (pitch() - p.depth()) * sizeof(X));
     for (int64_t i = 0; i < count; i += kPixels) {
       g.rows = min_of(kPixels, count - i);
-      if (!gathers() && p.channels_last)
+      if (!windows() && p.channels_last)
         for (int64_t q = 0; q < g.rows; ++q)
-          copy_run(image + (pixel + i + q) * x_pixel, buffer + q * p.in_channels, p.in_channels);
-      else if (!gathers())
+          copy_run(image + (pixel + i + q) * x_pixel, buffer + q * pitch(), p.in_channels);
+      else if (!windows())
         for (int64_t c = 0; c < p.in_channels; ++c)
           copy_run(image + c * x_channel + pixel + i, buffer + c * kPixels, g.rows);
       else if (p.channels_last)
@@ -128,14 +156,14 @@ class Primary {
     }
   }
 
-  // [count, depth]: a window's row is a run of memory, cut off at the edges of the map.
+  // [count, pitch]: a window's row is a run of memory, cut off at the edges of the map.
   template <class In, class X>
   void patches(const In* image, int64_t pixel, int64_t count, X* to) const {
     const int64_t kernel = p.primary_kernel, reach = kernel / 2, line = kernel * p.in_channels;
     // Columns [whole, cut) have whole windows.
     const int64_t whole = ceil_div(reach, p.stride);
     const int64_t cut = x_pixel == p.in_channels ? (p.in_width - kernel + reach + p.stride) / p.stride : 0;
-    for (int64_t run; count > 0; count -= run, pixel += run, to += run * p.depth()) {
+    for (int64_t run; count > 0; count -= run, pixel += run, to += run * pitch()) {
       const int64_t r = pixel / p.width, c = pixel % p.width;
       run = min_of(count, p.width - c);
       for (int64_t dy = 0; dy < kernel; ++dy) {
@@ -143,7 +171,7 @@ class Primary {
         const bool inside = row >= 0 && row < p.in_height;
         const In* in = image + (row * p.in_width + c * p.stride - reach) * x_pixel;
         X* out = to + dy * line;
-        for (int64_t i = c; i < c + run; ++i, in += p.stride * x_pixel, out += p.depth()) {
+        for (int64_t i = c; i < c + run; ++i, in += p.stride * x_pixel, out += pitch()) {
           if (inside && i >= whole && i < cut) {
             copy_run(in, out, line);
             continue;

@@ -270,6 +270,29 @@ FIF_INLINE void store(T* p, VecF v, Mask m) {
   store_bits(&p->bits, narrow(p, v), m);
 }
 
+// ---- values that are stored many at a time
+
+#if defined(FIF_AVX512)
+using LaneMask = __mmask16;
+#else
+using LaneMask = Mask;
+#endif
+// Unless `exact`, bf16 may be rounded by the instruction that takes subnormal numbers for zeros; `small` then gathers
+// the lanes that held some, and the caller stores all once more.
+template <class T, class V, class Exact>
+FIF_INLINE void store_quickly(T* p, V v, Mask m, Exact, LaneMask&) {
+  store(p, v, m);
+}
+#if defined(FIF_BF16_DOT)
+template <class Exact>
+FIF_INLINE void store_quickly(bf16* p, VecF v, Mask m, Exact, LaneMask& small) {
+  if constexpr (Exact::value) return store(p, v, m);
+  constexpr int kSubnormal = 0x20;
+  small = _kor_mask16(small, _mm512_fpclass_ps_mask((__m512)v, kSubnormal));
+  store_bits(&p->bits, (HalfU::type)_mm512_cvtneps_pbh((__m512)v), m);
+}
+#endif
+
 // ---- lanes a stride apart (the cheap maps of one primary map when there are several)
 
 FIF_INLINE VecF load_strided(const float* p, int64_t stride, Mask m) { return gather_lanes<VecF>(p, stride, m); }

@@ -1,0 +1,134 @@
+// Products of bf16 numbers by the processor's tile registers (AMX).
+//
+// Eight registers hold 16 rows of 64 bytes each: sums of 16 pixels x 16 channels, 32 numbers of 16 pixels, or 16 pairs
+// of weights along the depth of 16 channels. One instruction adds the product of the last two to the first, 16,384
+// operations in 16 cycles. With FIF_EMULATED_TILES plain C++ does the same, so that sanitizers see every access.
+#pragma once
+
+#include "vec.h"
+
+namespace fif::FIF_ISA {
+
+#if defined(__AMX_BF16__)
+constexpr bool kTiles = true;
+#else
+constexpr bool kTiles = false;
+#endif
+
+constexpr int kTileSide = 16;             // rows, and columns of sums
+constexpr int kTileDepth = 32;            // numbers of a row
+constexpr int kTileBytes = 64;            // of a row
+enum Tile { kSums, kPixels = 4, kWeights = 6 };  // four registers of sums, two of pixels, two of weights
+
+// Of the registers; the layout is the processor's.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  // For products of `pixels` pixels (16 at most) and `depth` numbers (32 at most, even) at a time.
+  TileShapes(int pixels, int depth) {
+    for (int t = 0; t < 8; ++t) {
+      bytes[t] = static_cast<uint16_t>(t >= kPixels && t < kWeights ? 2 * depth : kTileBytes);
+      rows[t] = static_cast<uint8_t>(t < kWeights ? pixels : depth / 2);
+    }
+  }
+};
+static_assert(sizeof(TileShapes) == 64);
+
+#if defined(__AMX_BF16__) && !defined(FIF_EMULATED_TILES)
+
+// The registers, for as long as this lives. GCC's own intrinsics take literal numbers alone, and say nothing of memory.
+class TileRegisters {
+ public:
+  explicit TileRegisters(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes)); }
+  ~TileRegisters() { asm volatile("tilerelease"); }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+
+  template <int T>
+  FIF_INLINE void zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(T));
+  }
+  template <int T>
+  FIF_INLINE void load(const void* from, int64_t step) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(step), "i"(T) : "memory");
+  }
+  template <int T>
+  FIF_INLINE void store(void* to, int64_t step) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(step), "i"(T) : "memory");
+  }
+  // sums += pixels * weights
+  template <int S, int P, int W>
+  FIF_INLINE void multiply_add() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(S), "i"(P), "i"(W));
+  }
+};
+
+#elif defined(__AMX_BF16__)
+
+class TileRegisters {
+ public:
+  explicit TileRegisters(const TileShapes& shapes) : shapes_(shapes) {}
+
+  template <int T>
+  void zero() {
+    memset(data_[T], 0, sizeof data_[T]);
+  }
+  template <int T>
+  void load(const void* from, int64_t step) {
+    for (int r = 0; r < shapes_.rows[T]; ++r)
+      for (int i = 0; i < shapes_.bytes[T]; ++i) data_[T][r][i] = static_cast<const char*>(from)[r * step + i];
+  }
+  template <int T>
+  void store(void* to, int64_t step) {
+    for (int r = 0; r < shapes_.rows[T]; ++r)
+      for (int i = 0; i < shapes_.bytes[T]; ++i) static_cast<char*>(to)[r * step + i] = data_[T][r][i];
+  }
+  template <int S, int P, int W>
+  void multiply_add() {
+    auto number = [&](int t, int r, int i) {
+      bf16 v;
+      memcpy(&v, &data_[t][r][2 * i], 2);
+      const uint32_t bits = uint32_t(v.bits) << 16;
+      float f;
+      memcpy(&f, &bits, 4);
+      return f;
+    };
+    for (int r = 0; r < shapes_.rows[S]; ++r)
+      for (int j = 0; j < kTileSide; ++j) {
+        float sum;
+        memcpy(&sum, &data_[S][r][4 * j], 4);
+        for (int k = 0; k < shapes_.bytes[P] / 2; ++k)
+          sum += number(P, r, k) * number(W, k / 2, 2 * j + k % 2);
+        memcpy(&data_[S][r][4 * j], &sum, 4);
+      }
+  }
+
+ private:
+  TileShapes shapes_;
+  char data_[8][kTileSide][kTileBytes];
+};
+
+#endif
+
+// The depth of a product in equal chunks that a tile holds. Where none divide it, rows of pixels must be copied to
+// `width` numbers, zeros at their ends.
+struct TileChunks {
+  int64_t count, size;
+  bool copies;
+
+  explicit TileChunks(int64_t depth) {
+    const int64_t least = max_of<int64_t>(1, ceil_div(depth, kTileDepth));
+    for (count = least; count <= least + 1; ++count) {
+      size = depth / count;
+      copies = size * count != depth || size % 2 != 0;
+      if (!copies) return;
+    }
+    count = least;
+    size = kTileDepth;
+  }
+  int64_t width() const { return count * size; }
+};
+
+}  // namespace fif::FIF_ISA
