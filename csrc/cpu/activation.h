@@ -26,7 +26,6 @@ struct Clamp {
 #endif
 };
 
-// Calls f with what clamps values: without an upper bound where there is none, since every operation counts.
 template <class A>
 struct ClampBelow {
   Vec<A> low;
@@ -35,6 +34,8 @@ struct ClampBelow {
   FIF_INLINE HalfF operator()(HalfF v) const { return (HalfF)_mm256_max_ps((__m256)lower_half(low), (__m256)v); }
 #endif
 };
+// Calls f with what clamps values, without an upper bound where there is none, since every operation counts. Smooth
+// activations leave them as they are.
 template <class A, class F>
 FIF_INLINE void with_clamp(Activation a, F f) {
   const Clamp<A> clamp(a);

@@ -17,11 +17,13 @@ __attribute__((noinline)) void strided_vector(const Problem& p, const Compute<T>
                                               int64_t apart, Mask lanes) {
   using A = Compute<T>;
   depthwise_strided<K, A>(maps, maps_step, p.height, p.width, p.depthwise_stride, from, to, width, taps,
-                          [=](int64_t pixel, Vec<A> v) {
-                            if (apart == 1)
-                              store(out + pixel * step, v, lanes);
-                            else
-                              store_strided(out + pixel * step, apart, v, lanes);
+                          [=](int64_t pixel) {
+                            return Along(out + pixel * step, step, [=](T* at, Vec<A> v, auto, LaneMask&) {
+                              if (apart == 1)
+                                store(at, v, lanes);
+                              else
+                                store_strided(at, apart, v, lanes);
+                            });
                           });
 }
 
@@ -139,18 +141,20 @@ class ChannelWise {
         continue;
       }
       A* const map = z + (p.depthwise_kernel ? s * z_size() : 0);
-      for (int64_t m = 0; m < kept; m += L)
-        cheap_vector(
-            y + m, step, m0 + m, s, r, stop,
-            [=, to = map + m](int64_t pixel) {
-              return Along(to + pixel * step, step, [](A* at, Vec<A> v, auto, LaneMask&) { store(at, v); });
-            },
-            [](int64_t) { return Nowhere{}; });
-      if (p.activation != Activation::none && kept > 0)
-        with_activation<A>(p.activation, [&](auto act) {
-          for (int64_t i = first; i < first + count; ++i)
-            for (int64_t m = 0; m < kept; m += L) store(map + i * step + m, act.value(load(map + i * step + m)));
-        });
+      with_clamp<A>(p.activation, [&](auto clamp) {
+        for (int64_t m = 0; m < kept; m += L)
+          cheap_vector(
+              y + m, step, m0 + m, s, r, stop,
+              [=, to = map + m](int64_t pixel) {
+                return Along(to + pixel * step, step,
+                             [=](A* at, Vec<A> v, auto, LaneMask&) { store(at, clamp(v)); });
+              },
+              [](int64_t) { return Nowhere{}; });
+      });
+      if (!is_clamp(p.activation) && kept > 0)
+        for (int64_t i = first; i < first + count; ++i)
+          for (int64_t m = 0; m < kept; m += L)
+            store(map + i * step + m, smooth_value<A>(load(map + i * step + m), p.activation));
       if (!p.depthwise_kernel && kept > 0)
         place(map + first * step, step, count, kept, n, channel, p.multiplier, first);
     }

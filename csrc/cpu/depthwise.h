@@ -188,28 +188,35 @@ class Along {
   Map map_;
 };
 
-// Outputs c, c + 1, ... c + Q - 1 of one row of a correlation with a stride.
-template <int K, int Q, class A, class Emit>
+// Outputs c, c + 1, ... c + Q - 1 of one row of a correlation with a stride. `Edge`: some of its columns lie outside.
+template <int K, int Q, class A, bool Edge, class Emit>
 FIF_INLINE void strided_row(const A* in, int64_t step, int height, int width, int stride, int r, int c, int out_width,
                             const A* taps, Emit& emit) {
   constexpr int L = kLanes<A>, P = K / 2;
   const int column = c * stride - P;
-  const bool edge = column < 0 || column + (Q - 1) * stride + K > width;
   Vec<A> acc[Q];
   FIF_UNROLL for (int i = 0; i < Q; ++i) acc[i] = load(taps + K * K * L);
   for (int dy = 0; dy < K; ++dy) {
     const int row = r * stride - P + dy;
     if (row < 0 || row >= height) continue;
-    const A* p = in + ((int64_t)row * width + column) * step;
+    const A* window[Q];
+    FIF_UNROLL for (int i = 0; i < Q; ++i) {
+      window[i] = in + ((int64_t)row * width + column + i * stride) * step;
+      asm("" : "+r"(window[i]));  // else the compiler works out every address for itself
+    }
+    const A* tap_row = taps + dy * K * L;
     FIF_UNROLL for (int dx = 0; dx < K; ++dx) {
-      const Vec<A> tap = load(taps + (dy * K + dx) * L);
+      const Vec<A> tap = load(tap_row + dx * L);
       FIF_UNROLL for (int i = 0; i < Q; ++i) {
-        const int at = dx + i * stride;
-        if (!edge || (column + at >= 0 && column + at < width)) acc[i] += load(p + at * step) * tap;
+        const int at = column + dx + i * stride;
+        if (!Edge || (at >= 0 && at < width)) acc[i] += load(window[i]) * tap;
+        window[i] += step;
       }
     }
   }
-  FIF_UNROLL for (int i = 0; i < Q; ++i) emit((int64_t)r * out_width + c + i, acc[i]);
+  auto take = emit((int64_t)r * out_width + c);
+  LaneMask none = 0;
+  FIF_UNROLL for (int i = 0; i < Q; ++i) take(acc[i], Constant<1>{}, none);
 }
 
 // Rows [r0, r1) of a correlation with a stride, `out_width` pixels wide; taps: K * K + 1 vectors, the last is added.
@@ -218,7 +225,12 @@ FIF_INLINE void depthwise_strided(const A* in, int64_t step, int height, int wid
                                   int out_width, const A* taps, Emit emit) {
   for (int r = r0; r < r1; ++r)
     in_blocks<4>(0, out_width, [&](int c, auto columns) {
-      strided_row<K, decltype(columns)::value, A>(in, step, height, width, stride, r, c, out_width, taps, emit);
+      constexpr int Q = decltype(columns)::value;
+      const int first = c * stride - K / 2;
+      if (first < 0 || first + (Q - 1) * stride + K > width)
+        strided_row<K, Q, A, true>(in, step, height, width, stride, r, c, out_width, taps, emit);
+      else
+        strided_row<K, Q, A, false>(in, step, height, width, stride, r, c, out_width, taps, emit);
     });
 }
 
