@@ -476,7 +476,7 @@ Tensor run(const Tensor& x, const Tensor& program, const Tensor& given, int64_t 
   return plan->run(x, constants);
 }
 
-// Tensors of a list, as torch hands them over. On a live unit a Tensor of each costs more than reading all their values.
+// Tensors of a list, as torch hands them over: a Tensor of each costs a live unit more than reading all their values.
 class Numbers {
  public:
   explicit Numbers(const std::vector<AtenTensorHandle>& given) : held_(given.begin(), given.end()) {}

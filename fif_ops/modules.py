@@ -41,7 +41,8 @@ class FusedFiF(FeatureAugment):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, in_channels, H, W). Returns (B, out_channels, H', W'), a fresh tensor in x's memory format."""
         recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # where every way must be the same one
-        if not recorded and (prepared := self.__dict__["_prepared"]) is not None and prepared.takes(x) and prepared.holds():
+        prepared = None if recorded else self.__dict__["_prepared"]
+        if prepared is not None and prepared.takes(x) and prepared.holds():
             try:
                 return prepared(x)
             except RuntimeError:  # other values by now; or a bad x, of which the way below says in words what is wrong
