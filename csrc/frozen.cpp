@@ -3,13 +3,16 @@
 // A program is a table of stages, one line of kFields numbers each (struct Stage). Stages hand maps to each other
 // through numbered slots of scratch memory, as channels_last maps; -1 stands for the operator's input and for its
 // result. Every number of a program is checked at every run, before anything is computed, so that no
-// program reads or writes outside its memory.
+// program reads or writes outside its memory: at the first run with an input of some size it becomes a plan, and later
+// runs check that the same numbers would make the same plan.
 #include <algorithm>
 #include <cctype>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <new>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -120,9 +123,9 @@ bool is_unit(const Stage& s) {
   return s.kind == kUnit && s.in == kEnds && s.out == kEnds && s.add == kNone && s.depthwise_kernel == 0;
 }
 
-Stage stage_of(const Tensor& program, int64_t line) {
+Stage stage_of(const int64_t* program, int64_t line) {
   Stage stage;
-  std::memcpy(&stage, static_cast<const int64_t*>(program.const_data_ptr()) + line * kFields, sizeof stage);
+  std::memcpy(&stage, program + line * kFields, sizeof stage);
   return stage;
 }
 
@@ -138,7 +141,7 @@ Tensor pack(const Tensor& program, const Tensor& primary_weight, const OptionalT
             const OptionalTensor& cheap_scale, const OptionalTensor& cheap_shift, const OptionalTensor& depthwise_scale,
             const OptionalTensor& depthwise_shift) {
   check_program(program);
-  const Stage stage = stage_of(program, 0);
+  const Stage stage = stage_of(static_cast<const int64_t*>(program.const_data_ptr()), 0);
   const Tensor& w = primary_weight;
   STD_TORCH_CHECK(w.dim() == 4, "primary_weight must have 4 dimensions");
   const Dtype dtype = dtype_of(w, "primary_weight");
@@ -195,22 +198,20 @@ Tensor pack(const Tensor& program, const Tensor& primary_weight, const OptionalT
   return packed;
 }
 
-// Constants of one stage found in `packed` at an offset.
+// Where `packed` has the constants of one stage, and the headers that say so.
 struct Constants {
-  const char* data = nullptr;
-  const char* plain = nullptr;  // null without
+  int64_t data = kNone, plain = kNone;  // offsets
 
   Constants() = default;  // of a stage that has none
 
-  Constants(const Tensor& packed, int64_t offset, const Problem& p, bool alone) {
-    const int64_t bytes = packed.numel();
-    const char* base = static_cast<const char*>(packed.const_data_ptr());
+  Constants(const char* packed, int64_t bytes, int64_t offset, const Problem& p, bool alone,
+            std::vector<std::pair<int64_t, Header>>& headers) {
     auto read = [&](const Problem& problem, bool has_plain) {
       const Header wanted = header_of(problem, has_plain);
       STD_TORCH_CHECK(0 <= offset && offset <= bytes - kAlignment && offset % kAlignment == 0,
                       "the constants do not belong to the program");
       Header found;
-      std::memcpy(&found, base + offset, sizeof found);
+      std::memcpy(&found, packed + offset, sizeof found);
       found.instruction_set[sizeof found.instruction_set - 1] = 0;
       for (char& c : found.instruction_set)
         if (c && !std::isalnum(static_cast<unsigned char>(c))) c = '?';
@@ -220,8 +221,9 @@ struct Constants {
       STD_TORCH_CHECK(std::memcmp(&found, &wanted, sizeof found) == 0 &&
                           wanted.bytes + wanted.plain_bytes <= bytes - kAlignment - offset,
                       "the constants do not belong to the program, or not to x's dtype");
-      data = base + offset + kAlignment;
-      plain = has_plain ? data + wanted.bytes : nullptr;
+      headers.emplace_back(offset, wanted);
+      data = offset + kAlignment;
+      plain = has_plain ? data + wanted.bytes : kNone;
       offset += kAlignment + wanted.bytes + wanted.plain_bytes;
     };
     Problem last = p;
@@ -251,40 +253,66 @@ struct Step {
   Constants constants;
 };
 
-struct Slot {
-  Size size{};
-  int64_t most = 0;  // elements of one image that it ever holds
-  bool written = false;
-};
-
 // The constants themselves, or a copy where they do not lie as the kernels' numbers must, as in a slice of a file.
 Tensor aligned(const Tensor& packed) {
-  STD_TORCH_CHECK(
-      packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(),
-      "packed must be what fif_ops.freeze made");
+  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 &&
+                      packed.is_contiguous() && packed.const_data_ptr() != nullptr,  // null if its storage was emptied
+                  "packed must be what fif_ops.freeze made");
   if (reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % sizeof(double) == 0) return packed;
   Tensor copy = new_tensor(packed, {packed.numel()}, ScalarType::Byte);
   std::memcpy(copy.mutable_data_ptr(), packed.const_data_ptr(), packed.numel());
   return copy;
 }
 
-Tensor run(const Tensor& x, const Tensor& program, const Tensor& given, int64_t out_channels, int64_t stride) {
-  check_program(program);
-  const Tensor packed = aligned(given);
-  STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU");
-  STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions (B, C, H, W), got ", x.dim());
-  STD_TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, "x must have channels and pixels");
-  STD_TORCH_CHECK(x.size(2) < (1 << 24) && x.size(3) < (1 << 24), "x's height and width must be below 2^24");
-  const Dtype dtype = dtype_of(x, "x");
-  const int64_t stages = program.size(0), batch = x.size(0);
-  const bool alone = stages == 1 && is_unit(stage_of(program, 0)), given_last = is_channels_last(x);
-  const bool last = given_last || !alone;
-  const Size whole{x.size(1), x.size(2), x.size(3)};
+// What a plan depends on, beside the numbers of the program and the headers of the constants.
+struct Call {
+  int64_t batch, channels, height, width;  // of x
+  Dtype dtype;
+  bool given_last;  // whether x is in channels_last
+  int64_t out_channels, stride, packed_bytes;
 
-  // Everything is checked before anything is computed, and all sizes found: those of the slots, and the result's.
+  bool operator==(const Call&) const = default;
+};
+
+// A program after all checks, for inputs of one size: everything is checked before anything is computed.
+class Plan {
+ public:
+  Plan(const Call& call, const int64_t* program, int64_t stages, const char* packed);
+
+  // Whether a plan made now would be this one.
+  bool holds(const Call& call, const int64_t* program, int64_t stages, const char* packed) const {
+    if (call_ != call || static_cast<int64_t>(program_.size()) != stages * kFields ||
+        std::memcmp(program_.data(), program, program_.size() * sizeof *program) != 0)
+      return false;
+    for (const auto& [offset, header] : headers_)
+      if (std::memcmp(packed + offset, &header, sizeof header) != 0) return false;
+    return true;
+  }
+  Tensor run(const Tensor& x, const char* packed) const;
+
+ private:
+  Call call_;
+  std::vector<int64_t> program_;
+  std::vector<std::pair<int64_t, Header>> headers_;  // and their offsets
+  std::vector<Step> steps_;
+  std::vector<int64_t> places_;  // of the slots in scratch memory
+  int64_t scratch_bytes_ = 0;
+  Size result_{};
+  bool last_;  // whether the stages' maps are channels_last
+};
+
+Plan::Plan(const Call& call, const int64_t* program, int64_t stages, const char* packed)
+    : call_(call), program_(program, program + stages * kFields) {
+  struct Slot {
+    Size size{};
+    int64_t most = 0;  // elements of one image that it ever holds
+    bool written = false;
+  };
+  const bool alone = stages == 1 && is_unit(stage_of(program, 0));
+  last_ = call.given_last || !alone;
+  const Size whole{call.channels, call.height, call.width};
   std::vector<Slot> slots(stages);
-  std::vector<Step> steps;
-  steps.reserve(stages);
+  steps_.reserve(stages);
   auto size_of = [&](int64_t slot) {
     STD_TORCH_CHECK(kEnds <= slot && slot < stages && (slot == kEnds || slots[slot].written),
                     "a stage reads what none before it wrote");
@@ -299,18 +327,18 @@ Tensor run(const Tensor& x, const Tensor& program, const Tensor& given, int64_t 
     if (s.kind == kPool) {
       STD_TORCH_CHECK(s.channels == in.channels && s.add == kNone, "pooling takes ", s.channels, " channels and gets ",
                       in.channels);
-      p.batch = batch;
+      p.batch = call.batch;
       p.in_channels = s.channels;
       p.in_height = in.height;
       p.in_width = in.width;
-      p.dtype = dtype;
+      p.dtype = call.dtype;
     } else {
       STD_TORCH_CHECK(s.kind == kUnit, "a stage of unknown kind ", s.kind);
-      p = problem_of(s, dtype, batch, in, last);
-      constants = Constants(packed, s.offset, p, alone);
+      p = problem_of(s, call.dtype, call.batch, in, last_);
+      constants = Constants(packed, call.packed_bytes, s.offset, p, alone, headers_);
       out = {p.out_channels, after(p.height, p.depthwise_stride), after(p.width, p.depthwise_stride)};
     }
-    STD_TORCH_CHECK(double(out.channels) * double(out.height) * double(out.width) * double(batch) < 1e14,
+    STD_TORCH_CHECK(double(out.channels) * double(out.height) * double(out.width) * double(call.batch) < 1e14,
                     "x is too large: a stage would make maps of more than 10^14 values");
     if (s.add != kNone) {
       const Size add = size_of(s.add);
@@ -320,46 +348,49 @@ Tensor run(const Tensor& x, const Tensor& program, const Tensor& given, int64_t 
     }
     STD_TORCH_CHECK(s.out == kEnds ? i == stages - 1 : 0 <= s.out && s.out < stages && s.out != s.in && s.out != s.add,
                     "a stage writes where it reads, or not to a slot");
-    steps.push_back({s, p, in, out, constants});
+    steps_.push_back({s, p, in, out, constants});
     if (s.out != kEnds) {
       slots[s.out].size = out;
       slots[s.out].most = std::max(slots[s.out].most, out.count());
       slots[s.out].written = true;
     }
   }
-  const Size result = steps.back().out;
-  const Size wanted{out_channels, stride ? after(whole.height, stride) : 1, stride ? after(whole.width, stride) : 1};
-  STD_TORCH_CHECK(steps.back().stage.out == kEnds && result.channels == wanted.channels &&
-                      result.height == wanted.height && result.width == wanted.width,
+  result_ = steps_.back().out;
+  const int64_t stride = call.stride;
+  const Size wanted{call.out_channels, stride ? after(whole.height, stride) : 1,
+                    stride ? after(whole.width, stride) : 1};
+  STD_TORCH_CHECK(steps_.back().stage.out == kEnds && result_.channels == wanted.channels &&
+                      result_.height == wanted.height && result_.width == wanted.width,
                   "the program's result has other sizes than out_channels and stride say");
-
-  const bool one_pixel = result.height == 1 && result.width == 1;  // where the formats are one
-  Tensor out = fresh_maps(x, batch, result, one_pixel ? given_last : last);
-  if (batch == 0) return out;
-  const Tensor input_map = regular(x, last);
-  const int64_t element = element_size(dtype);
-  std::vector<int64_t> places(stages);
-  int64_t bytes = 0;
-  for (int64_t i = 0; i < stages; ++i) {
-    places[i] = bytes;
-    bytes += aligned(slots[i].most * batch * element);
+  places_.reserve(stages);
+  for (const Slot& slot : slots) {
+    places_.push_back(scratch_bytes_);
+    scratch_bytes_ += aligned(slot.most * call.batch * element_size(call.dtype));
   }
+}
+
+Tensor Plan::run(const Tensor& x, const char* packed) const {
+  const bool one_pixel = result_.height == 1 && result_.width == 1;  // where the formats are one
+  Tensor out = fresh_maps(x, call_.batch, result_, one_pixel ? call_.given_last : last_);
+  if (call_.batch == 0) return out;
+  const Tensor input_map = regular(x, last_);
   void* memory = nullptr;
-  if (bytes > 0 && posix_memalign(&memory, kAlignment, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
+  if (scratch_bytes_ > 0 && posix_memalign(&memory, kAlignment, static_cast<size_t>(scratch_bytes_)) != 0)
+    throw std::bad_alloc();
   const std::unique_ptr<void, decltype(&std::free)> owner(memory, &std::free);
   char* const scratch = static_cast<char*>(memory);
-  auto slot_map = [&](int64_t slot, Size size) { return Output{scratch + places[slot], size.count(), size.channels}; };
+  auto slot_map = [&](int64_t slot, Size size) { return Output{scratch + places_[slot], size.count(), size.channels}; };
   auto map_of = [&](int64_t slot, Size size) {
-    if (slot == kEnds) return input(input_map, last);
+    if (slot == kEnds) return input(input_map, last_);
     const Output map = slot_map(slot, size);
     return Input{map.data, map.batch, map.step};
   };
   // A result of one pixel is dense in either format, whichever its strides say.
-  const Output ends =
-      one_pixel ? Output{out.mutable_data_ptr(), result.channels, last ? result.channels : 1} : output(out, last);
-  for (Step& step : steps) {
+  const Output ends = one_pixel ? Output{out.mutable_data_ptr(), result_.channels, last_ ? result_.channels : 1}
+                                : output(out, last_);
+  for (const Step& step : steps_) {
     const Stage& s = step.stage;
-    Problem& p = step.problem;
+    Problem p = step.problem;
     InferArgs args{};
     args.x = map_of(s.in, step.in);
     if (s.add != kNone) args.add = map_of(s.add, step.out);
@@ -368,8 +399,9 @@ Tensor run(const Tensor& x, const Tensor& program, const Tensor& given, int64_t 
       cpu_kernels().pool(p, args, cpu_threads(p));
       continue;
     }
-    args.packed = step.constants.data;
-    if (const char* found = step.constants.plain) {
+    args.packed = packed + step.constants.data;
+    if (step.constants.plain != kNone) {
+      const char* found = packed + step.constants.plain;
       const auto [weight, cheap_weight, scale, shift, cheap_scale, cheap_shift, end] = Plain(p).at;
       args.primary_weight = found + weight;
       args.cheap_weight = found + cheap_weight;
@@ -387,33 +419,123 @@ Tensor run(const Tensor& x, const Tensor& program, const Tensor& given, int64_t 
     }
     cpu_kernels().infer(p, args, cpu_threads(p));
   }
-  return last == given_last || one_pixel ? out : torch::stable::contiguous(out);
+  return last_ == call_.given_last || one_pixel ? out : torch::stable::contiguous(out);
 }
 
-// A number that changes if any value, shape or dtype among the tensors does.
-int64_t fingerprint(const std::vector<Tensor>& tensors) {
-  std::vector<Tensor> copies;
-  std::vector<const void*> parts;
-  std::vector<int64_t> bytes, shapes;
-  for (const Tensor& t : tensors) {
-    STD_TORCH_CHECK(t.is_cpu(), "tensors must be on the CPU");
-    const bool dense = t.is_contiguous();
-    if (!dense) copies.push_back(torch::stable::contiguous(t));
-    parts.push_back(dense ? t.const_data_ptr() : copies.back().const_data_ptr());
-    bytes.push_back(t.numel() * static_cast<int64_t>(t.element_size()));
-    shapes.push_back(static_cast<int64_t>(t.scalar_type()));
-    for (int64_t d = 0; d < t.dim(); ++d) shapes.push_back(t.size(d));
+// Plans of earlier calls, since on small maps making one takes longer than computing what it says.
+class Plans {
+ public:
+  using Pointer = std::shared_ptr<const Plan>;
+
+  // Never destroyed: a thread may still compute while the process ends.
+  static Plans& get() {
+    static Plans* const plans = new Plans;
+    return *plans;
   }
-  parts.push_back(shapes.data());
-  bytes.push_back(static_cast<int64_t>(shapes.size() * sizeof(int64_t)));
-  return static_cast<int64_t>(
-      cpu_kernels().fingerprint(parts.data(), bytes.data(), static_cast<int64_t>(parts.size())));
+  // `place` is where a call looks; any plan may lie there, or none. Who would have to wait (or, in a child of fork,
+  // would wait forever) goes on without.
+  Pointer find(uint64_t place) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return nullptr;
+    const auto found = plans_.find(place);
+    return found == plans_.end() ? nullptr : found->second;
+  }
+  void keep(uint64_t place, Pointer plan) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return;
+    if (plans_.size() >= kMost) plans_.clear();
+    plans_[place] = std::move(plan);
+  }
+
+ private:
+  static constexpr size_t kMost = 256;
+  std::mutex mutex_;
+  std::unordered_map<uint64_t, Pointer> plans_;
+};
+
+Tensor run(const Tensor& x, const Tensor& program, const Tensor& given, int64_t out_channels, int64_t stride) {
+  check_program(program);
+  const Tensor packed = aligned(given);
+  STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU");
+  STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions (B, C, H, W), got ", x.dim());
+  const Call call{x.size(0),          x.size(1),    x.size(2), x.size(3),     dtype_of(x, "x"),
+                  is_channels_last(x), out_channels, stride,    packed.numel()};
+  STD_TORCH_CHECK(call.channels > 0 && call.height > 0 && call.width > 0, "x must have channels and pixels");
+  STD_TORCH_CHECK(call.height < (1 << 24) && call.width < (1 << 24), "x's height and width must be below 2^24");
+  const int64_t stages = program.size(0);
+  const auto* table = static_cast<const int64_t*>(program.const_data_ptr());
+  const auto* constants = static_cast<const char*>(packed.const_data_ptr());
+  uint64_t place = reinterpret_cast<uintptr_t>(table);
+  for (int64_t n : {call.batch, call.channels, call.height, call.width, int64_t(call.given_last)})
+    place = (place ^ static_cast<uint64_t>(n)) * 0x9e3779b97f4a7c15;
+  Plans::Pointer plan = Plans::get().find(place);
+  if (!plan || !plan->holds(call, table, stages, constants)) {
+    plan = std::make_shared<const Plan>(call, table, stages, constants);
+    Plans::get().keep(place, plan);
+  }
+  return plan->run(x, constants);
 }
+
+// Tensors of a list, as torch hands them over: a Tensor of each costs a live unit more than reading all their values.
+class Numbers {
+ public:
+  explicit Numbers(const std::vector<AtenTensorHandle>& given) : held_(given.begin(), given.end()) {}
+
+  // A number that changes if any value, shape or dtype among the tensors does.
+  int64_t fingerprint() const {
+    std::vector<Tensor> copies;
+    std::vector<const void*> parts;
+    std::vector<int64_t> bytes, shapes;
+    parts.reserve(held_.size() + 1);
+    bytes.reserve(held_.size() + 1);
+    shapes.reserve(held_.size() * 5);
+    for (const auto& held : held_) {
+      const AtenTensorHandle t = held.get();
+      int32_t device = 0, dtype = 0;
+      int64_t dim = 0, count = 0, *sizes = nullptr;
+      bool dense = false;
+      check(aoti_torch_get_device_type(t, &device));
+      STD_TORCH_CHECK(device == aoti_torch_device_type_cpu(), "tensors must be on the CPU");
+      check(aoti_torch_get_dtype(t, &dtype));
+      check(aoti_torch_get_dim(t, &dim));
+      check(aoti_torch_get_sizes(t, &sizes));
+      check(aoti_torch_get_numel(t, &count));
+      check(aoti_torch_is_contiguous(t, &dense));
+      parts.push_back(nullptr);
+      if (dense) {
+        check(torch_get_const_data_ptr(t, &parts.back()));
+      } else {
+        AtenTensorHandle same = nullptr;
+        check(aoti_torch_new_tensor_handle(t, &same));
+        copies.push_back(torch::stable::contiguous(Tensor(same)));
+        parts.back() = copies.back().const_data_ptr();
+      }
+      bytes.push_back(count * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)));
+      shapes.push_back(dtype);
+      shapes.insert(shapes.end(), sizes, sizes + dim);
+    }
+    parts.push_back(shapes.data());
+    bytes.push_back(static_cast<int64_t>(shapes.size() * sizeof(int64_t)));
+    return static_cast<int64_t>(
+        cpu_kernels().fingerprint(parts.data(), bytes.data(), static_cast<int64_t>(parts.size())));
+  }
+
+ private:
+  struct Delete {
+    void operator()(AtenTensorHandle t) const { aoti_torch_delete_tensor_object(t); }
+  };
+  static void check(AOTITorchError error) {
+    STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "a tensor has no values that can be read");
+  }
+  std::vector<std::unique_ptr<AtenTensorOpaque, Delete>> held_;
+};
+
+int64_t fingerprint(std::vector<AtenTensorHandle> tensors) { return Numbers(tensors).fingerprint(); }
 
 // run, for constants that were packed from tensors that may have changed since.
-Tensor follow(const Tensor& x, const Tensor& program, const Tensor& packed, const std::vector<Tensor>& numbers,
+Tensor follow(const Tensor& x, const Tensor& program, const Tensor& packed, std::vector<AtenTensorHandle> numbers,
               int64_t content, int64_t out_channels, int64_t stride) {
-  STD_TORCH_CHECK(fingerprint(numbers) == content, "the constants were packed from other numbers");
+  STD_TORCH_CHECK(Numbers(numbers).fingerprint() == content, "the constants were packed from other numbers");
   return run(x, program, packed, out_channels, stride);
 }
 

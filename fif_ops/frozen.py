@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from . import ops
 from .chain import Chain
+from .direct import direct_call
 from .modules import FusedFiF
 
-_run: Any = torch.ops.fif_ops.run.default if ops.LOADED else None
+_run, _run_at_once = ops.operator("run"), ops.at_once("run")
 
 
 class Frozen(nn.Module):
@@ -22,6 +23,8 @@ class Frozen(nn.Module):
     Returns what that part would, in x's memory format. Later changes of the original do not show.
     Raises RuntimeError for another dtype, device or number of channels, and if x requires a gradient.
     """
+
+    __call__ = direct_call
 
     def __init__(self, chain: Chain, name: str) -> None:
         super().__init__()
@@ -35,15 +38,16 @@ class Frozen(nn.Module):
         """x: (B, C, H, W). Returns (B, N, H', W'), or (B, N) of a whole network."""
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"x requires a gradient, and a frozen {self.name} has none: use the module it came from")
-        constants: Any = self._buffers
-        program, packed = constants["program"], constants["packed"]
-        if x.dtype is not self.dtype or not x.is_cpu or not packed.is_cpu:
+        held = self.__dict__
+        program, packed = held["_buffers"]["program"], held["_buffers"]["packed"]
+        if x.dtype is not held["dtype"] or not x.is_cpu or not packed.is_cpu:
             raise RuntimeError(
                 f"x is {x.dtype} on {x.device}, and this {self.name} was frozen in {self.dtype} on the cpu"
                 f"{'' if packed.is_cpu else f' and then moved to {packed.device}'}"
             )
-        y = _run(x, program, packed, self.out_channels, self.stride)
-        return y.flatten(1) if self.flat else y
+        run = _run if torch.compiler.is_compiling() else _run_at_once
+        y = run(x, program, packed, held["out_channels"], held["stride"])
+        return y.flatten(1) if held["flat"] else y
 
     def extra_repr(self) -> str:
         program: Any = self.program

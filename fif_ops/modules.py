@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import backends, functional, ops
 from .chain import Chain
+from .direct import direct_call
 from .prepared import PreparedCall, can_prepare
 from .reference import ACTIVATIONS, FeatureAugment, Norm, SharedConv2d
 
@@ -22,6 +23,8 @@ class FusedFiF(FeatureAugment):
 
     Shapes, dtypes and errors: as FeatureAugment. Source: S0 [0142]-[0197].
     """
+
+    __call__ = direct_call
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -38,7 +41,8 @@ class FusedFiF(FeatureAugment):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, in_channels, H, W). Returns (B, out_channels, H', W'), a fresh tensor in x's memory format."""
         recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # where every way must be the same one
-        if not recorded and (prepared := self._prepared) is not None and prepared.takes(x) and prepared.holds():
+        prepared = None if recorded else self.__dict__["_prepared"]
+        if prepared is not None and prepared.takes(x) and prepared.holds():
             try:
                 return prepared(x)
             except RuntimeError:  # other values by now; or a bad x, of which the way below says in words what is wrong

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from . import backends, ops
 from .autograd import Convolutions
 from .chain import Chain
+from .direct import direct_call
 from .functional import Call
 from .unchanged import Unchanged
 
-_follow: Any = torch.ops.fif_ops.follow.default if ops.LOADED else None
-_fingerprint: Any = torch.ops.fif_ops.fingerprint.default if ops.LOADED else None
+_follow, _fingerprint = ops.at_once("follow"), ops.at_once("fingerprint")
 
 
 def can_prepare(call: Call, given: Convolutions) -> bool:
@@ -127,6 +127,7 @@ class Chained(nn.Module):
     parameters change.
     """
 
+    __call__ = direct_call
     _prepared: PreparedCall | None = None
 
     def compose(self, x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def pair(*args, **kwargs):
 
 
 def is_chain(fused):
-    return fused._prepared.operator is torch.ops.fif_ops.follow.default
+    return fused._prepared.operator == ops.at_once("follow")
 
 
 def agree(fused, plain, x=X):
