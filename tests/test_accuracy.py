@@ -179,6 +179,38 @@ def test_every_format_and_layout(layout, kernel, dtype):
         check_both(problem(cheap_kernel_size=kernel, placement=placement, batch=9, grad_placement="one row"), dtype)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("depth", [1, 2, 3, 15, 16, 17, 30, 31, 32, 33, 64, 65, 72, 80, 184])
+def test_every_depth_of_products_in_16_bits(depth, stride):
+    """Chunks of the depth, whole and padded, and rows of pixels, fewer than a tile has and some more."""
+    torch.manual_seed(depth)
+    for maps, size in ((4, 1), (8, 3), (17, 4), (20, 7), (36, 5), (65, 9)):
+        unit = FeatureAugment(depth, 2 * maps, 3 if depth < 20 else 1, stride=stride, activation="relu").eval()
+        batch = 2 if size < 9 else 1
+        x = place(torch.randn(batch, depth, size, size).to(torch.bfloat16), "channels_last")
+        check(unit.to(torch.bfloat16), x)
+        # Beside x lie numbers that must not get into it.
+        wide = torch.full((batch, depth + 3, size, size), math.nan, dtype=torch.bfloat16)
+        inner = wide.contiguous(memory_format=torch.channels_last)[:, 1 : 1 + depth]
+        inner.copy_(x)
+        with torch.no_grad():
+            assert torch.equal(FusedFiF.from_reference(unit)(inner), FusedFiF.from_reference(unit)(x))
+
+
+@both_layouts
+def test_every_small_result_in_16_bits(layout):
+    """Subnormal ones are rounded, not taken for zeros, whatever the processor's instruction does with them."""
+    x = 2.0 ** -torch.arange(98.0, 126.0) * torch.tensor([1.0, -1.34375, 1.9921875]).repeat_interleave(28).view(3, 28)
+    x = place(x.view(1, 3, 4, 7).repeat(1, 7, 1, 1).to(torch.bfloat16), layout)
+    one = torch.eye(21, dtype=torch.bfloat16)[:, :, None, None]
+    norm = Norm(torch.full((21,), 2.0**-12), None, torch.zeros(21), torch.ones(21), False, 0.1, 0.0)
+    cheap = torch.ones(21, 1, 1, 1, dtype=torch.bfloat16)
+    out = feature_augment(x, one, cheap, primary_norm=norm, activation=None, backend="cpu")
+    wanted = (x.float() * 2.0**-12).to(torch.bfloat16)
+    assert wanted.abs()[wanted != 0].min() <= 2.0**-133
+    assert torch.equal(out, torch.cat([wanted, wanted], 1))
+
+
 @pytest.mark.parametrize("splice", [True, False])
 @both_layouts
 def test_every_number_of_maps(layout, splice):

@@ -130,7 +130,7 @@ def test_the_library_is_bound_to_libtorch_and_to_no_python(unpacked):
 def test_the_record_of_the_build(unpacked):
     record = json.loads((unpacked / "fif_ops/_build_info.json").read_text())
     assert record["torch"] == torch.__version__
-    assert record["isas"] == (["baseline", "avx2", "avx512", "avx512bf16"] if X86 else ["baseline"])
+    assert record["isas"] == (["baseline", "avx2", "avx512", "avx512bf16", "amx"] if X86 else ["baseline"])
     assert record["machine"] == platform.machine()
     assert record["compiler"]
 
