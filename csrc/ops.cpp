@@ -11,6 +11,7 @@
 
 #include "dispatch.h"
 #include "operators.h"
+#include "pages.h"
 
 namespace fif {
 
@@ -241,6 +242,12 @@ void update_running(const OptionalTensor& running, const Tensor& batch, const Op
   torch::stable::copy_(target, fresh);  // and not in place, so that autograd notices the change
 }
 
+// A map that is about to be written as a whole.
+Tensor in_large_pages(Tensor map) {
+  prefer_large_pages(map.mutable_data_ptr(), map.numel() * map.element_size());
+  return map;
+}
+
 // Where another convolution made the raw maps, nothing is written to them.
 Output read_only(const Tensor& x, bool channels_last) {
   const Input map = input(x, channels_last);
@@ -263,8 +270,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train(
   const Tensor input_map = regular(x, p.channels_last);
   const OptionalTensor w1 = dense(primary_weight);
   const Tensor w2 = dense(cheap_weight);
-  const Tensor out = new_map(x, p, out_channels),
-               raw = p.has_primary ? new_map(x, p, p.primary) : new_tensor(x, {0}, x.scalar_type());
+  const Tensor out = in_large_pages(new_map(x, p, out_channels)),
+               raw = p.has_primary ? in_large_pages(new_map(x, p, p.primary)) : new_tensor(x, {0}, x.scalar_type());
   const Tensor stats1 = new_tensor(x, {2, p.primary}, type), stats2 = new_tensor(x, {2, p.cheap()}, type);
   const Tensor fresh1 = new_tensor(x, {p.primary}, type), fresh2 = new_tensor(x, {p.cheap()}, type);
   const TrainArgs args{
@@ -329,7 +336,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const OptionalTensor w1 = dense(primary_weight);
   const Tensor w2 = dense(cheap_weight);
   const ScalarType dtype = x.scalar_type();
-  Tensor grad_x = need_x ? new_input(x, p) : new_tensor(x, {0}, dtype);
+  Tensor grad_x = need_x ? in_large_pages(new_input(x, p)) : new_tensor(x, {0}, dtype);
   Tensor grad_w1 = new_tensor(
       x, need_weight ? std::vector<int64_t>{p.primary, p.in_channels, 1, 1} : std::vector<int64_t>{0}, dtype);
   Tensor grad_w2 = new_tensor(x, {p.cheap(), 1, p.kernel, p.kernel}, dtype);

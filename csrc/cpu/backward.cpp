@@ -8,6 +8,7 @@
 // Memory traffic per pixel: the cheap maps' gradient and raw read twice, the primary maps' gradient once; the raw maps'
 // gradient (M, compute type) written twice and read twice; C read, C written. Sums have a fixed order whatever the
 // number of threads, see unit.h; a row of the weight's gradient belongs to one task.
+#include "../pages.h"
 #include "unit.h"
 
 namespace fif::FIF_ISA {
@@ -382,6 +383,7 @@ void backward_in(const Problem& p, const BackwardArgs& a, const Threads& threads
   using A = Compute<T>;
   const int64_t weights = p.primary * p.in_channels;
   const Scratch<A> raw_memory(p.batch * p.primary * p.pixels());
+  prefer_large_pages(raw_memory.get(), p.batch * p.primary * p.pixels() * int64_t(sizeof(A)));
   const Output grad_raw{raw_memory.get(), p.primary * p.pixels(), Planar ? p.pixels() : p.primary};
   Norm<A> norm(a.primary, p.primary);
   if (planar_units<A>(p))
