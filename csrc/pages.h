@@ -1,5 +1,5 @@
-// Large blocks of memory come fresh from the system at every call, since malloc hands them back when they are freed, and
-// every page of them costs a fault: in small pages as much time as a training pass takes to fill them.
+// Large blocks of memory come fresh from the system at every call, since malloc hands them back when they are freed,
+// and every page of them costs a fault: in small pages as much time as a training pass takes to fill them.
 #pragma once
 
 #include <cstdint>

@@ -116,8 +116,8 @@ struct BackwardArgs {
   void* grad_cheap_affine;          // [2, M*S]
 };
 
-// A depthwise convolution and its batch normalisation in training, of a problem whose maps are [B, primary, ...], in_height
-// x in_width before and height x width after. Forward fills out, raw, stats and variance, backward what is called grad_*.
+// A depthwise convolution and its batch normalisation in training, of `primary` maps, in_height x in_width before and
+// height x width after. Forward fills out, raw, stats and variance, backward grad_x, grad_weight and grad_affine.
 struct StridedArgs {
   Input x;
   const void* weight;  // [M, K, K]

@@ -183,7 +183,7 @@ def fake_strided_train(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, .
 
 
 def fake_strided_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, raw: Tensor, stats: Tensor, norm_weight: Tensor | None, need_x: bool, _: int
+    grad: Tensor, x: Tensor, weight: Tensor, raw: Tensor, stats: Tensor, norm_weight: Any, need_x: bool, stride: int
 ) -> tuple[Tensor, ...]:
     """What ``strided_backward`` returns, without values."""
     grad_x = _new_map(x, x.shape[1]) if need_x else x.new_empty(0)

@@ -77,7 +77,8 @@ class Strided {
  public:
   Strided(const Problem& problem, const StridedArgs& args, int threads)
       : p(problem), in(before(problem)), a(args), weight(a.weight, p.primary, K * K),
-        x_size(U::size(p.in_pixels() + kApart)), z_size(U::size(p.pixels() + kApart)), size(2 * x_size + 2 * z_size), memory(threads * size) {
+        x_size(U::size(p.in_pixels() + kApart)), z_size(U::size(p.pixels() + kApart)),
+        size(2 * x_size + 2 * z_size), memory(threads * size) {
     for (int dx = 0; dx < K; ++dx) inside_[dx] = Columns(p, dx);
   }
 
@@ -155,8 +156,9 @@ class Strided {
           store(to + column * L, load(to + column * L) + v * tap[dx]);
         });
       } else {
-        each_tap<K>(p, inside_,
-                    [&](int64_t c, int64_t column, int dx) __attribute__((always_inline)) { sum[dx] += load(g + c * L) * load(x + column * L); });
+        each_tap<K>(p, inside_, [&](int64_t c, int64_t column, int dx) __attribute__((always_inline)) {
+          sum[dx] += load(g + c * L) * load(x + column * L);
+        });
       }
       FIF_UNROLL for (int dx = 0; dx < K; ++dx) sums[dy * K + dx] += sum[dx];
     });
