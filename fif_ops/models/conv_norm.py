@@ -36,7 +36,7 @@ class ConvNorm(nn.Sequential):
         """x: (B, in_channels, H, W). Returns (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         conv: Any = self[0]
         norm: Any = self[1]
-        if torch.is_autocast_enabled(x.device.type) or not self._plain():
+        if x.is_meta or torch.is_autocast_enabled(x.device.type) or not self._plain():
             return super().forward(x)
         if norm.training or torch.is_grad_enabled():
             return self._strided(x) if self._can_stride(x) else super().forward(x)
