@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fif_ops import FeatureAugment, FusedFiF, backends, explain, freeze
+from fif_ops import FeatureAugment, FusedFiF, backends, explain, freeze, models
 
 from . import runtimes
 from .checks import differentiable, running_statistics
@@ -78,7 +78,9 @@ class TrainingStep:
 
 
 def fused(module: nn.Module) -> nn.Module:
-    """The module with its FeatureAugment units replaced by FusedFiF ones."""
+    """The module as users have it who want it fast: a fused HWNet, or FusedFiF units for FeatureAugment ones."""
+    if type(module) is models.HWNet:
+        return module.to_fused()
     if type(module) is FeatureAugment:
         return FusedFiF.from_reference(module)
     for name, child in module.named_children():

@@ -21,9 +21,12 @@ namespace fif {
   void pack(const Problem&, const InferArgs&, void*);                                                          \
   void pool(const Problem&, const InferArgs&, const Threads&);                                                 \
   uint64_t fingerprint(const void* const*, const int64_t*, int64_t);                                           \
+  void strided_train(const Problem&, const StridedArgs&, const Threads&);                                      \
+  void strided_backward(const Problem&, const StridedArgs&, const Threads&);                                   \
   }                                                                                                            \
   static const Kernels isa##_kernels{#isa,      isa::infer, isa::train,      isa::backward, isa::packed_bytes, \
-                                     isa::pack, isa::pool,  isa::fingerprint};
+                                     isa::pack, isa::pool,  isa::fingerprint, isa::strided_train,                  \
+                                     isa::strided_backward};
 
 FIF_DECLARE(baseline)
 #if defined(__x86_64__)

@@ -11,6 +11,7 @@
 
 #include "dispatch.h"
 #include "operators.h"
+#include "pages.h"
 
 namespace fif {
 
@@ -241,6 +242,12 @@ void update_running(const OptionalTensor& running, const Tensor& batch, const Op
   torch::stable::copy_(target, fresh);  // and not in place, so that autograd notices the change
 }
 
+// A map that is about to be written as a whole.
+Tensor in_large_pages(Tensor map) {
+  prefer_large_pages(map.mutable_data_ptr(), map.numel() * map.element_size());
+  return map;
+}
+
 // Where another convolution made the raw maps, nothing is written to them.
 Output read_only(const Tensor& x, bool channels_last) {
   const Input map = input(x, channels_last);
@@ -263,8 +270,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train(
   const Tensor input_map = regular(x, p.channels_last);
   const OptionalTensor w1 = dense(primary_weight);
   const Tensor w2 = dense(cheap_weight);
-  const Tensor out = new_map(x, p, out_channels),
-               raw = p.has_primary ? new_map(x, p, p.primary) : new_tensor(x, {0}, x.scalar_type());
+  const Tensor out = in_large_pages(new_map(x, p, out_channels)),
+               raw = p.has_primary ? in_large_pages(new_map(x, p, p.primary)) : new_tensor(x, {0}, x.scalar_type());
   const Tensor stats1 = new_tensor(x, {2, p.primary}, type), stats2 = new_tensor(x, {2, p.cheap()}, type);
   const Tensor fresh1 = new_tensor(x, {p.primary}, type), fresh2 = new_tensor(x, {p.cheap()}, type);
   const TrainArgs args{
@@ -329,7 +336,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const OptionalTensor w1 = dense(primary_weight);
   const Tensor w2 = dense(cheap_weight);
   const ScalarType dtype = x.scalar_type();
-  Tensor grad_x = need_x ? new_input(x, p) : new_tensor(x, {0}, dtype);
+  Tensor grad_x = need_x ? in_large_pages(new_input(x, p)) : new_tensor(x, {0}, dtype);
   Tensor grad_w1 = new_tensor(
       x, need_weight ? std::vector<int64_t>{p.primary, p.in_channels, 1, 1} : std::vector<int64_t>{0}, dtype);
   Tensor grad_w2 = new_tensor(x, {p.cheap(), 1, p.kernel, p.kernel}, dtype);
@@ -358,6 +365,83 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {grad_x, grad_w1, grad_w2, grad_norm1, grad_norm2};
 }
 
+// Sizes of a depthwise convolution [C, 1, k, k] of x, padded by k / 2.
+Problem strided_problem(const Tensor& x, const Tensor& weight, int64_t stride) {
+  Problem p = problem_of(x, std::nullopt, weight, x.size(1), 0, true, 1, 1, false);
+  STD_TORCH_CHECK(weight.size(0) == x.size(1), "weight must be (", x.size(1), ", 1, k, k)");
+  STD_TORCH_CHECK(0 < stride && stride < (1 << 30), "stride is ", stride, ": must be positive");
+  p.stride = stride;
+  p.height = (p.in_height - 1) / stride + 1;
+  p.width = (p.in_width - 1) / stride + 1;
+  return p;
+}
+
+// A depthwise convolution, then batch normalisation with the batch's statistics: the result, the maps before
+// normalisation and [mean, rstd].
+std::tuple<Tensor, Tensor, Tensor> strided_train(const Tensor& x, const Tensor& weight,
+                                                 const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                                                 const OptionalTensor& mean, const OptionalTensor& var, double eps,
+                                                 double momentum, int64_t stride) {
+  const Problem p = strided_problem(x, weight, stride);
+  const ScalarType type = compute_type(x);
+  Parameters parameters(type);
+  const Affine norm = affine(parameters, {std::nullopt, norm_weight, norm_bias, mean, var, eps}, p.primary, true, "");
+  const Tensor input_map = regular(x, p.channels_last), w = dense(weight);
+  const Tensor out = in_large_pages(new_map(x, p, p.primary)), raw = in_large_pages(new_map(x, p, p.primary));
+  Tensor stats = new_tensor(x, {2, p.primary}, type);
+  const Tensor variance = new_tensor(x, {p.primary}, type);
+  if (p.batch == 0) {
+    torch::stable::zero_(stats);
+    return {out, raw, stats};
+  }
+  const StridedArgs args{.x = input(input_map, p.channels_last),
+                         .weight = w.const_data_ptr(),
+                         .norm = norm,
+                         .eps = eps,
+                         .out = output(out, p.channels_last),
+                         .raw = output(raw, p.channels_last),
+                         .stats = stats.mutable_data_ptr(),
+                         .variance = variance.mutable_data_ptr()};
+  cpu_kernels().strided_train(p, args, cpu_threads(p, kTrainingShare / 4));
+  update_running(mean, torch::stable::select(stats, 0, 0), std::nullopt, momentum);
+  update_running(var, variance, std::nullopt, momentum);
+  return {out, raw, stats};
+}
+
+// Gradients of x (empty if not wanted), weight and [weight, bias] of the normalisation.
+std::tuple<Tensor, Tensor, Tensor> strided_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                    const Tensor& raw, const Tensor& stats,
+                                                    const OptionalTensor& norm_weight, bool need_x, int64_t stride) {
+  const Problem p = strided_problem(x, weight, stride);
+  const ScalarType type = compute_type(x);
+  const bool last = p.channels_last;
+  check_map(grad, x, p, p.primary, "grad");
+  check_map(raw, x, p, p.primary, "raw");
+  check_statistics(stats, x, p.primary, "stats");
+  Parameters parameters(type);
+  const Tensor input_map = regular(x, last), dense_grad = regular(grad, last), dense_raw = regular(raw, last);
+  const Tensor w = dense(weight);
+  Tensor grad_x = need_x ? in_large_pages(new_input(x, p)) : new_tensor(x, {0}, x.scalar_type());
+  Tensor grad_weight = new_tensor(x, {p.primary, 1, p.kernel, p.kernel}, x.scalar_type());
+  Tensor grad_norm = new_tensor(x, {2, p.primary}, type);
+  if (p.batch == 0) {
+    for (Tensor* t : {&grad_weight, &grad_norm}) torch::stable::zero_(*t);
+    return {grad_x, grad_weight, grad_norm};
+  }
+  const char* mean = static_cast<const char*>(stats.const_data_ptr());
+  const StridedArgs args{.x = input(input_map, last),
+                         .weight = w.const_data_ptr(),
+                         .norm = {mean, mean + p.primary * (type == ScalarType::Double ? 8 : 4),
+                                  parameters.get(norm_weight, p.primary, "norm_weight", ""), nullptr},
+                         .grad = input(dense_grad, last),
+                         .kept_raw = input(dense_raw, last),
+                         .grad_x = need_x ? output(grad_x, last) : Output{},
+                         .grad_weight = grad_weight.mutable_data_ptr(),
+                         .grad_affine = grad_norm.mutable_data_ptr()};
+  cpu_kernels().strided_backward(p, args, cpu_threads(p, kTrainingShare / 8));
+  return {grad_x, grad_weight, grad_norm};
+}
+
 }  // namespace
 }  // namespace fif
 
@@ -379,10 +463,20 @@ __attribute__((visibility("default"))) const char* fif_ops_cpu_isas() {
 }
 }
 
-STABLE_TORCH_LIBRARY(fif_ops, m) { fif::define_operators(m); }
+STABLE_TORCH_LIBRARY(fif_ops, m) {
+  fif::define_operators(m);
+  m.def(
+      "strided_train(Tensor x, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, Tensor(a!)? mean, "
+      "Tensor(b!)? var, float eps, float momentum, int stride) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "strided_backward(Tensor grad, Tensor x, Tensor weight, Tensor raw, Tensor stats, Tensor? norm_weight, "
+      "bool need_x, int stride) -> (Tensor, Tensor, Tensor)");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fif_ops, CPU, m) {
   m.impl("infer", TORCH_BOX(&fif::infer));
   m.impl("train", TORCH_BOX(&fif::train));
   m.impl("backward", TORCH_BOX(&fif::backward));
+  m.impl("strided_train", TORCH_BOX(&fif::strided_train));
+  m.impl("strided_backward", TORCH_BOX(&fif::strided_backward));
 }

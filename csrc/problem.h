@@ -116,6 +116,22 @@ struct BackwardArgs {
   void* grad_cheap_affine;          // [2, M*S]
 };
 
+// A depthwise convolution and its batch normalisation in training, of `primary` maps, in_height x in_width before and
+// height x width after. Forward fills out, raw, stats and variance, backward grad_x, grad_weight and grad_affine.
+struct StridedArgs {
+  Input x;
+  const void* weight;  // [M, K, K]
+  Affine norm;         // forward: mean and rstd are ignored
+  double eps = 0;
+  Output out, raw;             // raw: before normalisation, kept for backward
+  void* stats = nullptr;       // [2, M] compute type: mean, rstd
+  void* variance = nullptr;    // [M] unbiased
+  Input grad, kept_raw;        // of out; and raw again
+  Output grad_x;               // data null: not wanted
+  void* grad_weight = nullptr;
+  void* grad_affine = nullptr;  // [2, M] compute type: of weight (gamma), of bias (beta)
+};
+
 // What one instruction-set variant offers; csrc/dispatch.cpp picks one at load.
 struct Kernels {
   const char* name;
@@ -126,6 +142,8 @@ struct Kernels {
   void (*pack)(const Problem&, const InferArgs&, void* to);
   void (*pool)(const Problem&, const InferArgs&, const Threads&);
   uint64_t (*fingerprint)(const void* const* parts, const int64_t* bytes, int64_t count);
+  void (*strided_train)(const Problem&, const StridedArgs&, const Threads&);
+  void (*strided_backward)(const Problem&, const StridedArgs&, const Threads&);
 };
 
 }  // namespace fif

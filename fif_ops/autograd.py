@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .reference import Norm, compose
@@ -114,6 +115,65 @@ class FusedUnit(torch.autograd.Function):
             None,
             None,
         )
+
+
+class StridedNorm(torch.autograd.Function):
+    """A depthwise convolution and its normalisation with batch statistics, on the processor.
+
+    Takes x, the convolution's weight, the normalisation's weight, bias, running mean and variance, eps, momentum and
+    the stride. A second derivative goes through torch's own convolution and normalisation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        eps: float,
+        momentum: float,
+        stride: int,
+    ) -> Tensor:
+        out, raw, stats = torch.ops.fif_ops.strided_train(
+            x, weight, norm_weight, norm_bias, mean, var, eps, momentum, stride
+        )
+        ctx.save_for_backward(x, weight, norm_weight, norm_bias, raw, stats)
+        ctx.eps, ctx.stride = eps, stride
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, norm_weight, norm_bias, raw, stats = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return _differentiable_strided_backward(ctx, grad)
+        grad_x, grad_weight, norm = torch.ops.fif_ops.strided_backward(
+            grad, x, weight, raw, stats, norm_weight, need[0], ctx.stride
+        )
+        return (
+            grad_x if need[0] else None,
+            grad_weight if need[1] else None,
+            norm[0].to(norm_weight.dtype) if need[2] else None,
+            norm[1].to(norm_bias.dtype) if need[3] else None,
+            *[None] * 5,
+        )
+
+
+def _differentiable_strided_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # Aliases, as in _differentiable_backward.
+    tensors: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors[:4]]
+    x, weight, norm_weight, norm_bias = tensors
+    raw = F.conv2d(x, weight, None, ctx.stride, weight.shape[-1] // 2, groups=x.shape[1])
+    out = F.batch_norm(raw, None, None, norm_weight, norm_bias, True, 0.0, ctx.eps)
+    places = [place for place in range(4) if ctx.needs_input_grad[place]]
+    gradients = torch.autograd.grad(out, [tensors[place] for place in places], grad, create_graph=True)
+    result: list[Tensor | None] = [None] * 9
+    for place, gradient in zip(places, gradients, strict=True):
+        result[place] = gradient
+    return tuple(result)
 
 
 def infer(convolutions: Convolutions, norms: tuple[Tensor | None, ...], options: Options) -> Tensor:

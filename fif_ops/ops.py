@@ -185,6 +185,21 @@ def fake_backward(
     )
 
 
+def fake_strided_train(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """What ``strided_train`` returns, without values."""
+    channels, stride = x.shape[1], rest[-1]
+    stats = x.new_empty((2, channels), dtype=_compute_type(x))
+    return _new_map(x, channels, stride), _new_map(x, channels, stride), stats
+
+
+def fake_strided_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, raw: Tensor, stats: Tensor, norm_weight: Any, need_x: bool, stride: int
+) -> tuple[Tensor, ...]:
+    """What ``strided_backward`` returns, without values."""
+    grad_x = _new_map(x, x.shape[1]) if need_x else x.new_empty(0)
+    return grad_x, x.new_empty(weight.shape), torch.empty_like(stats)
+
+
 def fake_run(x: Tensor, program: Tensor, packed: Tensor, out_channels: int, stride: int) -> Tensor:
     """What ``run`` returns, without values; a stride of 0 stands for one pixel."""
     size = [-(-n // stride) if stride else 1 for n in x.shape[2:]]
@@ -205,3 +220,5 @@ if LOADED:
     torch.library.register_fake("fif_ops::infer", fake_infer)
     torch.library.register_fake("fif_ops::train", fake_train)
     torch.library.register_fake("fif_ops::backward", fake_backward)
+    torch.library.register_fake("fif_ops::strided_train", fake_strided_train)
+    torch.library.register_fake("fif_ops::strided_backward", fake_strided_backward)

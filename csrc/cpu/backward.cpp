@@ -8,66 +8,11 @@
 // Memory traffic per pixel: the cheap maps' gradient and raw read twice, the primary maps' gradient once; the raw maps'
 // gradient (M, compute type) written twice and read twice; C read, C written. Sums have a fixed order whatever the
 // number of threads, see unit.h; a row of the weight's gradient belongs to one task.
-#include "unit.h"
+#include "../pages.h"
+#include "norm.h"
 
 namespace fif::FIF_ISA {
 namespace {
-
-// One normalisation, and the gradient through it: scale * (g - alpha - beta * (value - mean)).
-template <class A>
-class Norm {
- public:
-  Norm(const Affine& affine, int64_t channels) : memory_(5 * channels), channels_(channels), rstd_(affine.rstd) {
-    const ScaleShift<A> both(affine, channels);
-    for (int64_t i = 0; i < channels; ++i) {
-      at(0)[i] = value_or<A>(affine.mean, i, 0);
-      at(1)[i] = both.scale()[i];
-      at(2)[i] = both.shift()[i];
-      at(3)[i] = at(4)[i] = 0;
-    }
-  }
-  const A* mean() const { return at(0); }
-  const A* scale() const { return at(1); }
-  const A* shift() const { return at(2); }
-  const A* alpha() const { return at(3); }
-  const A* beta() const { return at(4); }
-
-  // From the sums of the gradient after it and of that times the centred value: the gradients of bias and, times rstd,
-  // weight; and where the statistics are the batch's, alpha and beta.
-  void finish(const ChunkSums& sums, int64_t chunks, bool batch, double count, A* grad_weight) {
-    const double *plain = sums.total(chunks, 0), *centred = sums.total(chunks, 1);
-    A* grad_bias = grad_weight + channels_;
-    for (int64_t i = 0; i < channels_; ++i) {
-      const A rstd = value_or<A>(rstd_, i, 1);
-      grad_weight[i] = static_cast<A>(centred[i]) * rstd;
-      grad_bias[i] = static_cast<A>(plain[i]);
-      if (!batch) continue;
-      at(3)[i] = static_cast<A>(plain[i] / count);
-      at(4)[i] = static_cast<A>(centred[i] / count) * rstd * rstd;
-    }
-  }
-
- private:
-  A* at(int64_t i) const { return memory_.get() + i * channels_; }
-  Scratch<A> memory_;
-  int64_t channels_;
-  const void* rstd_;
-};
-
-// The same of one unit.
-template <class A, bool Planar>
-struct UnitNorm {
-  Vec<A> mean, scale, shift, alpha, beta;
-  UnitNorm(const Unit<A, Planar>& unit, const Norm<A>& norm, int64_t stride, int64_t offset) {
-    mean = unit.parameter(norm.mean(), stride, offset);
-    scale = unit.parameter(norm.scale(), stride, offset);
-    shift = unit.parameter(norm.shift(), stride, offset);
-    alpha = unit.parameter(norm.alpha(), stride, offset);
-    beta = unit.parameter(norm.beta(), stride, offset);
-  }
-  FIF_INLINE Vec<A> normalised(Vec<A> value) const { return value * scale + shift; }
-  FIF_INLINE Vec<A> through(Vec<A> g, Vec<A> value) const { return scale * (g - alpha - beta * (value - mean)); }
-};
 
 template <class T, bool Planar, class Act>
 class UnitBackward {
@@ -370,11 +315,7 @@ void backward_units(const Problem& p, const BackwardArgs& a, const Threads& thre
     sweep.run([&](const Work& w) { unit.run(w, grad_raw, weight_sums, primary_sums); });
   });
   primary.finish(primary_sums, sweep.chunks, a.primary_batch, count, static_cast<A*>(a.grad_primary_affine));
-  T* grad_weight = static_cast<T*>(a.grad_cheap_weight);
-  for (int64_t t = 0; t < taps; ++t) {
-    const double* total = weight_sums.total(sweep.chunks, t);
-    for (int64_t i = 0; i < p.cheap(); ++i) store(grad_weight + i * taps + t, splat(static_cast<A>(total[i])), Mask(1));
-  }
+  store_weight_gradient<T>(weight_sums, sweep.chunks, taps, static_cast<T*>(a.grad_cheap_weight));
 }
 
 template <class T, bool Planar>
@@ -382,6 +323,7 @@ void backward_in(const Problem& p, const BackwardArgs& a, const Threads& threads
   using A = Compute<T>;
   const int64_t weights = p.primary * p.in_channels;
   const Scratch<A> raw_memory(p.batch * p.primary * p.pixels());
+  prefer_large_pages(raw_memory.get(), p.batch * p.primary * p.pixels() * int64_t(sizeof(A)));
   const Output grad_raw{raw_memory.get(), p.primary * p.pixels(), Planar ? p.pixels() : p.primary};
   Norm<A> norm(a.primary, p.primary);
   if (planar_units<A>(p))

@@ -182,6 +182,8 @@ void infer_channels(const Problem&, const InferArgs&, const Threads&);
 // Of the content of memory in parts; it differs between instruction sets.
 uint64_t fingerprint(const void* const* parts, const int64_t* bytes, int64_t count);
 void pool(const Problem&, const InferArgs&, const Threads&);
+void strided_train(const Problem&, const StridedArgs&, const Threads&);
+void strided_backward(const Problem&, const StridedArgs&, const Threads&);
 
 // Calls f(tag) with tag.format a pointer of the element type.
 template <class T>

@@ -7,7 +7,7 @@
 //
 // Memory traffic per pixel: C read, M written and read twice (raw), M + N written. Saved for backward: raw and the
 // statistics. Results do not depend on the number of threads, see unit.h.
-#include "unit.h"
+#include "norm.h"
 
 namespace fif::FIF_ISA {
 namespace {
@@ -31,78 +31,6 @@ class Bias {
   const A* shift_;
   Scratch<A> scale_;
 };
-
-// Mean, and sum of squares around it, of one channel (of each lane's channel).
-template <class A>
-struct Moments {
-  Vec<A> mean, squares;
-};
-
-// Of so many pixels with value(vector, lanes). Sums are taken around the mean of the first eighth. That is part of the
-// population, so its distance from the mean of all is at most sqrt(8) standard deviations, and the squares lose next to
-// nothing to cancellation, wherever the mean lies.
-template <class A, bool Planar, class Value>
-Moments<A> moments(int64_t pixels, Value value) {
-  const int64_t some = min_of(pixels, Planar ? ceil_div(pixels, 8 * kLanes<A>) * kLanes<A> : ceil_div(pixels, 8));
-  PairSum<A> begin, all;
-  each_vector<A, Planar>(some, [&](int64_t i, Mask m) { begin.add(keep_lanes(value(i, m), m), Vec<A>{}); });
-  begin.finish();
-  const Vec<A> centre = Unit<A, Planar>::total(begin.first) / static_cast<A>(some);
-  each_vector<A, Planar>(pixels, [&](int64_t i, Mask m) {
-    const Vec<A> d = keep_lanes(value(i, m) - centre, m);
-    all.add(d, d * d);
-  });
-  all.finish();
-  const Vec<A> shift = Unit<A, Planar>::total(all.first) / static_cast<A>(pixels);
-  return {centre + shift, Unit<A, Planar>::total(all.second) - shift * shift * static_cast<A>(pixels)};
-}
-
-// Moments of a chunk's blocks so far: adds those of `count` more pixels.
-template <class A, bool Planar>
-void add_moments(const ChunkSums& sums, const Unit<A, Planar>& unit, int64_t chunk, int64_t seen, int64_t count,
-                 const Moments<A>& block, int64_t stride, int64_t offset) {
-  double* mean = sums.at(chunk, 0) + unit.channel * stride + offset;
-  double* squares = sums.at(chunk, 1) + unit.channel * stride + offset;
-  const double share = static_cast<double>(count) / static_cast<double>(seen + count);
-  const double weight = static_cast<double>(seen) * share;
-  for (int l = 0; l < unit.count; ++l, mean += stride, squares += stride) {
-    const double m = block.mean[l], s = block.squares[l];
-    if (seen == 0) {
-      *mean = m;
-      *squares = s;
-    } else {
-      const double d = m - *mean;
-      *mean += d * share;
-      *squares += s + d * d * weight;
-    }
-  }
-}
-
-// Mean, rstd and unbiased variance of every channel from the moments of the chunks.
-template <class A>
-void finish_moments(const ChunkSums& sums, const Sweep& sweep, double eps, A* mean, A* rstd, A* variance) {
-  const Scratch<double> memory(2 * sums.channels);
-  double *middle = memory.get(), *total = middle + sums.channels, count = 0;
-  for (int64_t i = 0; i < 2 * sums.channels; ++i) middle[i] = 0;
-  for (int64_t chunk = 0; chunk < sweep.chunks; ++chunk) {
-    const double pixels = static_cast<double>(sweep.pixels(chunk));
-    count += pixels;
-    for (int64_t i = 0; i < sums.channels; ++i) middle[i] += pixels * sums.at(chunk, 0)[i];
-  }
-  for (int64_t i = 0; i < sums.channels; ++i) middle[i] /= count;
-  for (int64_t chunk = 0; chunk < sweep.chunks; ++chunk) {
-    const double pixels = static_cast<double>(sweep.pixels(chunk));
-    for (int64_t i = 0; i < sums.channels; ++i) {
-      const double d = sums.at(chunk, 0)[i] - middle[i];
-      total[i] += sums.at(chunk, 1)[i] + pixels * d * d;
-    }
-  }
-  for (int64_t i = 0; i < sums.channels; ++i) {
-    mean[i] = static_cast<A>(middle[i]);
-    rstd[i] = A(1) / sqrt(static_cast<A>(total[i] / count) + static_cast<A>(eps));
-    variance[i] = static_cast<A>(total[i] / (count - 1));
-  }
-}
 
 // ---- the raw primary maps
 
@@ -261,22 +189,6 @@ class UnitForward {
     return z.data;
   }
 };
-
-// Mean and rstd to normalise with: the batch's, or the given ones; kept for backward in `stats` [2, channels].
-template <class A>
-Affine statistics(const Affine& given, bool batch, const ChunkSums& sums, const Sweep& sweep, double eps, void* stats,
-                  void* variance, int64_t channels) {
-  A *mean = static_cast<A*>(stats), *rstd = mean + channels;
-  if (batch) {
-    finish_moments(sums, sweep, eps, mean, rstd, static_cast<A*>(variance));
-  } else {
-    for (int64_t i = 0; i < channels; ++i) {
-      mean[i] = value_or<A>(given.mean, i, 0);
-      rstd[i] = value_or<A>(given.rstd, i, 1);
-    }
-  }
-  return {mean, rstd, given.weight, given.bias};
-}
 
 template <class T, bool Planar>
 void sum_raw(const Problem& p, const TrainArgs& a, const Work& w, const ChunkSums& sums, Compute<T>* stage) {

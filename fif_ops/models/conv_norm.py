@@ -1,4 +1,4 @@
-"""A convolution and its batch normalisation, as one convolution in evaluation."""
+"""A convolution and its batch normalisation, together: one convolution in evaluation, one Function in training."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .. import backends, ops
+from ..autograd import StridedNorm
+from ..functional import wants_gradients
 
 
 def conv_norm(
@@ -21,7 +25,8 @@ class ConvNorm(nn.Sequential):
     """``conv_norm`` with the same keys, values and results, and one pass in evaluation.
 
     There the normalisation goes into the convolution's weight, anew at every call (the weight is small), so that the
-    maps are written once; 1x1 convolutions of channels_last maps are products.
+    maps are written once; 1x1 convolutions of channels_last maps are products. In training on the processor depthwise
+    convolutions and their normalisation are one Function.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -31,7 +36,11 @@ class ConvNorm(nn.Sequential):
         """x: (B, in_channels, H, W). Returns (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         conv: Any = self[0]
         norm: Any = self[1]
-        if torch.is_grad_enabled() or self._differs() or torch.is_autocast_enabled(x.device.type):
+        if x.is_meta or torch.is_autocast_enabled(x.device.type) or not self._plain():
+            return super().forward(x)
+        if norm.training or torch.is_grad_enabled():
+            return self._strided(x) if self._can_stride(x) else super().forward(x)
+        if norm.running_mean is None or norm.weight is None:
             return super().forward(x)
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
@@ -49,12 +58,79 @@ class ConvNorm(nn.Sequential):
         """One stage of a ``fif_ops.chain.Chain``."""
         return chain.sequence(self, value)
 
-    def _differs(self) -> bool:
-        """Whether a part was replaced, got hooks or a forward of its own, or normalises with batch statistics."""
+    def _plain(self) -> bool:
+        """Whether all parts are what the constructor made, without hooks and forwards of their own."""
         kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
-        for part, kind in zip(self, kinds, strict=False):
-            state = part.__dict__
-            if type(part) is not kind or state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
-                return True
+        return len(self) <= len(kinds) and all(map(_is_plain, self, kinds))
+
+    def _can_stride(self, x: Tensor) -> bool:
+        """Whether training runs as a ``StridedNorm``, which the fused unit's backend must be allowed to."""
+        conv: Any = self[0]
         norm: Any = self[1]
-        return len(self) > len(kinds) or norm.training or norm.running_mean is None or norm.weight is None
+        weight, kernel = conv.weight, conv.kernel_size[0]
+        return (
+            ops.LOADED
+            and type(x) is Tensor
+            and x.is_cpu
+            and x.dtype == weight.dtype
+            and x.dim() == 4
+            and x.shape[1] == conv.in_channels == conv.out_channels == conv.groups
+            and kernel in (3, 5, 7)
+            and conv.kernel_size == (kernel, kernel)
+            and conv.padding == (kernel // 2, kernel // 2)
+            and conv.stride[0] == conv.stride[1]
+            and conv.dilation == (1, 1)
+            and conv.padding_mode == "zeros"
+            and conv.bias is None
+            and norm.training
+            and norm.track_running_stats
+            and norm.momentum is not None
+            and min(x.shape) > 0
+            and x.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+            and x.shape[0] * -(x.shape[2] // -conv.stride[0]) * -(x.shape[3] // -conv.stride[1]) > 1
+            and wants_gradients((x, weight, norm.weight, norm.bias))
+            and backends.wanted(None) in (None, "cpu")
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+        )
+
+    def _strided(self, x: Tensor) -> Tensor:
+        conv: Any = self[0]
+        norm: Any = self[1]
+        norm.num_batches_tracked.add_(1)
+        y = StridedNorm.apply(
+            x, conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, norm.momentum,
+            conv.stride[0],
+        )  # fmt: skip
+        return self[2](y) if len(self) > 2 else y
+
+
+class PooledConvNorm(nn.Sequential):
+    """[average pooling to one pixel, ``conv_norm`` of a 1x1 kernel with ReLU, flatten], its convolution a product.
+
+    Torch's convolution takes ten times as long as a product for maps of one pixel.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(nn.AdaptiveAvgPool2d(1), *conv_norm(in_channels, out_channels, 1, relu=True), nn.Flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, in_channels, H, W). Returns (B, out_channels)."""
+        parts: list[Any] = list(self)
+        if len(parts) != 5 or not _is_plain(parts[1], nn.Conv2d) or type(parts[0]) is not nn.AdaptiveAvgPool2d:
+            return super().forward(x)
+        y = F.linear(parts[0](x).flatten(1), parts[1].weight.flatten(1), parts[1].bias)[:, :, None, None]
+        for part in parts[2:]:
+            y = part(y)
+        return y
+
+    def lower(self, chain: Any, value: int) -> int:
+        """A pooling stage and a convolution's."""
+        return chain.sequence(self, value)
+
+
+def _is_plain(part: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling it does what its type says and nothing else."""
+    state = part.__dict__
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return type(part) is kind and "forward" not in state and not any(state[name] for name in hooks)

@@ -8,7 +8,7 @@ from ..chain import Chain
 from ..modules import FusedFiF
 from ..prepared import Chained
 from ..reference import FeatureAugment, positive_integer
-from .conv_norm import ConvNorm, conv_norm
+from .conv_norm import ConvNorm, PooledConvNorm, conv_norm
 from .counts import mac_count, parameter_count
 from .spindle import VARIANTS, Spindle
 
@@ -36,6 +36,7 @@ class HWNet(Chained):
         super().__init__()
         _check(width, variant, num_classes, in_size)
         self.in_size = in_size
+        self.settings = (width, variant, num_classes, in_size)
         channels = _scaled(16 * width)
         part = ConvNorm if fused else conv_norm
         self.stem = part(3, channels, 3, stride=1 if in_size <= 64 else 2, relu=True)
@@ -48,8 +49,20 @@ class HWNet(Chained):
         self.spindles = nn.Sequential(*spindles)
         augmented, features = _scaled(512 * width), _scaled(1280 * width)
         self.augment = (FusedFiF if fused else FeatureAugment)(channels, augmented)
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_norm(augmented, features, 1, relu=True), nn.Flatten())
+        self.head: nn.Sequential
+        if fused:
+            self.head = PooledConvNorm(augmented, features)
+        else:
+            parts = conv_norm(augmented, features, 1, relu=True)
+            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), *parts, nn.Flatten())
         self.classifier = nn.Linear(features, num_classes)
+
+    def to_fused(self) -> HWNet:
+        """The fused network with this one's values, on its device, of its dtype and mode; no storage is shared."""
+        parameter = next(self.parameters())
+        twin = HWNet(*self.settings, fused=True).to(parameter.device, parameter.dtype)
+        twin.load_state_dict(self.state_dict())
+        return twin.train(self.training)
 
     def compose(self, x: Tensor) -> Tensor:
         """Module by module: x (B, 3, H, W) to the logits, (B, num_classes)."""
