@@ -173,7 +173,10 @@ class Primary {
         X* out = to + dy * line;
         for (int64_t i = c; i < c + run; ++i, in += p.stride * x_pixel, out += pitch()) {
           if (inside && i >= whole && i < cut) {
+            // Of whole windows, a loop of their own: all but the addresses stays as it is.
+            const int64_t end = min_of(c + run, cut);
             copy_run(in, out, line);
+            for (; i + 1 < end; ++i) copy_run(in += p.stride * x_pixel, out += pitch(), line);
             continue;
           }
           memset(out, 0, line * sizeof(X));
