@@ -8,9 +8,16 @@ from torch import nn
 
 from fif_ops import backends, ops
 from fif_ops.autograd import StridedNorm
+from fif_ops.models import conv_norm as module
 from fif_ops.models.conv_norm import ConvNorm, PooledConvNorm, conv_norm
 
 pytestmark = pytest.mark.skipif(not ops.LOADED, reason="needs the binary library")
+
+
+@pytest.fixture(autouse=True)
+def small_maps_too(monkeypatch):
+    monkeypatch.setattr(module, "STRIDED_PIXELS", 1)
+
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 3e-3}

@@ -12,6 +12,10 @@ from .. import backends, ops
 from ..autograd import StridedNorm
 from ..functional import wants_gradients
 
+# Of the input, from which on one Function is not slower than torch's two on the processor: 128 images in channels_last,
+# one thread, 1.4 times as fast for maps of 16x16 and 32x32, as fast for 8x8, 0.65 times for 4x4.
+STRIDED_PIXELS = 64
+
 
 def conv_norm(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1, relu: bool = False
@@ -85,7 +89,8 @@ class ConvNorm(nn.Sequential):
             and norm.training
             and norm.track_running_stats
             and norm.momentum is not None
-            and min(x.shape) > 0
+            and x.shape[0] > 0
+            and x.shape[2] * x.shape[3] >= STRIDED_PIXELS
             and x.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
             and x.shape[0] * -(x.shape[2] // -conv.stride[0]) * -(x.shape[3] // -conv.stride[1]) > 1
             and wants_gradients((x, weight, norm.weight, norm.bias))
