@@ -12,21 +12,21 @@
 
 namespace fif {
 
-#define FIF_DECLARE(isa)                                                                                       \
-  namespace isa {                                                                                              \
-  void infer(const Problem&, const InferArgs&, const Threads&);                                                \
-  void train(const Problem&, const TrainArgs&, const Threads&);                                                \
-  void backward(const Problem&, const BackwardArgs&, const Threads&);                                          \
-  int64_t packed_bytes(const Problem&);                                                                        \
-  void pack(const Problem&, const InferArgs&, void*);                                                          \
-  void pool(const Problem&, const InferArgs&, const Threads&);                                                 \
-  uint64_t fingerprint(const void* const*, const int64_t*, int64_t);                                           \
-  void strided_train(const Problem&, const StridedArgs&, const Threads&);                                      \
-  void strided_backward(const Problem&, const StridedArgs&, const Threads&);                                   \
-  }                                                                                                            \
-  static const Kernels isa##_kernels{#isa,      isa::infer, isa::train,      isa::backward, isa::packed_bytes, \
-                                     isa::pack, isa::pool,  isa::fingerprint, isa::strided_train,                  \
-                                     isa::strided_backward};
+#define FIF_DECLARE(isa)                                                              \
+  namespace isa {                                                                     \
+  void infer(const Problem&, const InferArgs&, const Threads&);                       \
+  void train(const Problem&, const TrainArgs&, const Threads&);                       \
+  void backward(const Problem&, const BackwardArgs&, const Threads&);                 \
+  int64_t packed_bytes(const Problem&);                                               \
+  void pack(const Problem&, const InferArgs&, void*);                                 \
+  void pool(const Problem&, const InferArgs&, const Threads&);                        \
+  uint64_t fingerprint(const void* const*, const int64_t*, int64_t);                  \
+  void strided_train(const Problem&, const StridedArgs&, const Threads&);             \
+  void strided_backward(const Problem&, const StridedArgs&, const Threads&);          \
+  }                                                                                   \
+  static const Kernels isa##_kernels{                                                 \
+      #isa,      isa::infer, isa::train,       isa::backward,      isa::packed_bytes, \
+      isa::pack, isa::pool,  isa::fingerprint, isa::strided_train, isa::strided_backward};
 
 FIF_DECLARE(baseline)
 #if defined(__x86_64__)

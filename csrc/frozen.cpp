@@ -386,8 +386,8 @@ Tensor Plan::run(const Tensor& x, const char* packed) const {
     return Input{map.data, map.batch, map.step};
   };
   // A result of one pixel is dense in either format, whichever its strides say.
-  const Output ends = one_pixel ? Output{out.mutable_data_ptr(), result_.channels, last_ ? result_.channels : 1}
-                                : output(out, last_);
+  const Output ends =
+      one_pixel ? Output{out.mutable_data_ptr(), result_.channels, last_ ? result_.channels : 1} : output(out, last_);
   for (const Step& step : steps_) {
     const Stage& s = step.stage;
     Problem p = step.problem;
@@ -458,7 +458,7 @@ Tensor run(const Tensor& x, const Tensor& program, const Tensor& given, int64_t 
   const Tensor packed = aligned(given);
   STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU");
   STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions (B, C, H, W), got ", x.dim());
-  const Call call{x.size(0),          x.size(1),    x.size(2), x.size(3),     dtype_of(x, "x"),
+  const Call call{x.size(0),           x.size(1),    x.size(2), x.size(3),     dtype_of(x, "x"),
                   is_channels_last(x), out_channels, stride,    packed.numel()};
   STD_TORCH_CHECK(call.channels > 0 && call.height > 0 && call.width > 0, "x must have channels and pixels");
   STD_TORCH_CHECK(call.height < (1 << 24) && call.width < (1 << 24), "x's height and width must be below 2^24");

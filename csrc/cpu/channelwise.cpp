@@ -146,8 +146,7 @@ class ChannelWise {
           cheap_vector(
               y + m, step, m0 + m, s, r, stop,
               [=, to = map + m](int64_t pixel) {
-                return Along(to + pixel * step, step,
-                             [=](A* at, Vec<A> v, auto, LaneMask&) { store(at, clamp(v)); });
+                return Along(to + pixel * step, step, [=](A* at, Vec<A> v, auto, LaneMask&) { store(at, clamp(v)); });
               },
               [](int64_t) { return Nowhere{}; });
       });

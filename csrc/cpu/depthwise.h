@@ -112,8 +112,8 @@ FIF_INLINE void depthwise_plane(const In* in, int height, int width, int r0, int
 
 // ---- lanes along channels: pixel p of the map at in + p * step
 
-// tee(pixel) and emit(pixel) return what takes the values of that pixel and of those after it, one by one: addresses that
-// only move on need no registers. `Exact` and `small` are store_quickly's.
+// tee(pixel) and emit(pixel) return what takes the values of that pixel and of those after it, one by one: addresses
+// that only move on need no registers. `Exact` and `small` are store_quickly's.
 template <int K, int Q, class A, bool Half, class Exact, class Tee, class Emit>
 FIF_INLINE LaneMask channel_row(const A* in, int64_t step, int height, int width, int r, int c,
                                 const Part<A, Half> (&taps)[K * K], Part<A, Half> start, Exact exact, Tee& tee,

@@ -46,14 +46,15 @@ class Constants {
   const Problem& p;
   const Blocks<A> blocks;
   const int64_t depth, padded;  // depth: of the product, 0 without one
-  const int64_t lines;  // of numbers, or of pairs, for a vector of channels
+  const int64_t lines;          // of numbers, or of pairs, for a vector of channels
   const int64_t taps, depthwise_taps;
   A* const data;
 
  public:
   Constants(const Problem& problem, const void* memory)
       : p(problem), blocks(p), depth(p.has_primary ? p.depth() : 0), padded(blocks.vectors * L),
-        lines(tiled(p) ? TileChunks(depth).width() / 2 : depth), taps(int64_t(p.kernel) * p.kernel), depthwise_taps(int64_t(p.depthwise_kernel) * p.depthwise_kernel),
+        lines(tiled(p) ? TileChunks(depth).width() / 2 : depth), taps(int64_t(p.kernel) * p.kernel),
+        depthwise_taps(int64_t(p.depthwise_kernel) * p.depthwise_kernel),
         data(static_cast<A*>(const_cast<void*>(memory))) {}
 
   int64_t bytes() const { return (depthwise(padded, 0) - primary(0)) * int64_t(sizeof(A)); }
@@ -95,9 +96,7 @@ class Constants {
  private:
   // Where number k of the product's depth lies among a map's weights: depth runs over rows and columns of the window,
   // then channels, as a patch of a channels_last map lies in memory.
-  int64_t place(int64_t k) const {
-    return k % p.in_channels * (depth / p.in_channels) + k / p.in_channels;
-  }
+  int64_t place(int64_t k) const { return k % p.in_channels * (depth / p.in_channels) + k / p.in_channels; }
 
   void pack_tiles(const InferArgs& a, ChannelBlock block) const {
     const auto [m, width] = block;

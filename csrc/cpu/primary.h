@@ -35,8 +35,8 @@ class Primary {
  public:
   // `halves`: whether the upper half of a vector, where no channel is left for it, may stay unwritten.
   Primary(const Problem& problem, const InferArgs& args, const Constants<T>& packed, bool halves)
-      : p(problem), a(args), constants(packed), chunks(p.depth()), halves_(halves), x_pixel(p.channels_last ? a.x.step : 1),
-        x_channel(p.channels_last ? 1 : a.x.step) {}
+      : p(problem), a(args), constants(packed), chunks(p.depth()), halves_(halves),
+        x_pixel(p.channels_last ? a.x.step : 1), x_channel(p.channels_last ? 1 : a.x.step) {}
 
   // Numbers that `rows` needs for a buffer.
   int64_t buffer() const { return gathers() || sizeof(T) != sizeof(A) ? kPixels * pitch() : 0; }

@@ -77,8 +77,8 @@ class Strided {
  public:
   Strided(const Problem& problem, const StridedArgs& args, int threads)
       : p(problem), in(before(problem)), a(args), weight(a.weight, p.primary, K * K),
-        x_size(U::size(p.in_pixels() + kApart)), z_size(U::size(p.pixels() + kApart)),
-        size(2 * x_size + 2 * z_size), memory(threads * size) {
+        x_size(U::size(p.in_pixels() + kApart)), z_size(U::size(p.pixels() + kApart)), size(2 * x_size + 2 * z_size),
+        memory(threads * size) {
     for (int dx = 0; dx < K; ++dx) inside_[dx] = Columns(p, dx);
   }
 
@@ -109,9 +109,9 @@ class Strided {
     const U unit(p, w.unit);
     const Scratches at = scratches(w);
     const Vec<A> scale = unit.parameter(norm.scale()), shift = unit.parameter(norm.shift());
-    const auto raw = Plane<const T, false>(p, unit, Input{a.raw.data, a.raw.batch, a.raw.step}, w.block, unit.channel,
-                                           1, p.primary)
-                         .read(at.z);
+    const auto raw =
+        Plane<const T, false>(p, unit, Input{a.raw.data, a.raw.batch, a.raw.step}, w.block, unit.channel, 1, p.primary)
+            .read(at.z);
     Plane<T, false>(p, unit, a.out, w.block, unit.channel, 1, p.primary).write(at.z, [&](int64_t i, Mask m) {
       return raw.load(i, m) * scale + shift;
     });
@@ -164,8 +164,9 @@ class Strided {
     });
     for (int t = 0; t < K * K; ++t) weight_sums.add(w, t, unit, sums[t], 1, 0);
     if (!a.grad_x.data) return;
-    Plane<T, false>(in, unit, a.grad_x, in_block(w), unit.channel, 1, p.primary)
-        .write(at.grad_x, [&](int64_t i, Mask) { return load(at.grad_x + i * L); });
+    Plane<T, false>(in, unit, a.grad_x, in_block(w), unit.channel, 1, p.primary).write(at.grad_x, [&](int64_t i, Mask) {
+      return load(at.grad_x + i * L);
+    });
   }
 
  private:

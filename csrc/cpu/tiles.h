@@ -15,9 +15,9 @@ constexpr bool kTiles = true;
 constexpr bool kTiles = false;
 #endif
 
-constexpr int kTileSide = 16;             // rows, and columns of sums
-constexpr int kTileDepth = 32;            // numbers of a row
-constexpr int kTileBytes = 64;            // of a row
+constexpr int kTileSide = 16;                    // rows, and columns of sums
+constexpr int kTileDepth = 32;                   // numbers of a row
+constexpr int kTileBytes = 64;                   // of a row
 enum Tile { kSums, kPixels = 4, kWeights = 6 };  // four registers of sums, two of pixels, two of weights
 
 // Of the registers; the layout is the processor's.
@@ -99,8 +99,7 @@ class TileRegisters {
       for (int j = 0; j < kTileSide; ++j) {
         float sum;
         memcpy(&sum, &data_[S][r][4 * j], 4);
-        for (int k = 0; k < shapes_.bytes[P] / 2; ++k)
-          sum += number(P, r, k) * number(W, k / 2, 2 * j + k % 2);
+        for (int k = 0; k < shapes_.bytes[P] / 2; ++k) sum += number(P, r, k) * number(W, k / 2, 2 * j + k % 2);
         memcpy(&data_[S][r][4 * j], &sum, 4);
       }
   }

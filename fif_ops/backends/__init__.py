@@ -128,7 +128,8 @@ class _Cpu(AnyPrimary, _Kernels):
         """Training multiplies in float32, torch in pairs of bfloat16 where the processor does: that pays for another
         pass over large products, save in NCHW on large maps. The order of its sums may depend on the threads."""
         x, primary = problem.x, problem.primary_weight
-        if x.dtype != torch.bfloat16 or ops.CPU_ISA not in ("avx512bf16", "amx") or torch.are_deterministic_algorithms_enabled():
+        multiplies_pairs = x.dtype == torch.bfloat16 and ops.CPU_ISA in ("avx512bf16", "amx")
+        if not multiplies_pairs or torch.are_deterministic_algorithms_enabled():
             return False
         pixels = x.shape[2] * x.shape[3]
         large = x.shape[0] * pixels * primary.shape[0] * primary.shape[1] >= 15_000_000
