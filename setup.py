@@ -46,6 +46,9 @@ X86_ISAS = {
     "avx512bf16": "-march=x86-64-v4 -mavx512bf16",
     "amx": "-march=x86-64-v4 -mavx512bf16 -mamx-tile -mamx-bf16",
 }
+# An instruction set that trains with the kernels of another (csrc/dispatch.cpp has which), and what it therefore lacks.
+INFERS_ONLY = "amx"
+TRAINING = ("backward", "depthwise", "strided", "train")
 NVCC_FLAGS = "-std=c++20 -O3 -Icsrc --compress-mode=size -Xcompiler -fPIC,-fvisibility=hidden"
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 ISAS = X86_ISAS if platform.machine() == "x86_64" else {"baseline": ""}
@@ -163,7 +166,12 @@ def units(torch_includes: str) -> list[tuple[Path, str, str]]:
     operator_flags = f"{ISAS['baseline']} {TORCH_FLAGS} {torch_includes}"
     return [
         *((source, f"{source.stem}.o", operator_flags) for source in operators),
-        *((source, f"{isa}/{source.stem}.o", f"{ISAS[isa]} -DFIF_ISA={isa}") for isa in ISAS for source in kernels),
+        *(
+            (source, f"{isa}/{source.stem}.o", f"{ISAS[isa]} -DFIF_ISA={isa}")
+            for isa in ISAS
+            for source in kernels
+            if isa != INFERS_ONLY or source.stem not in TRAINING
+        ),
     ]
 
 

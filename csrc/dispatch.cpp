@@ -12,29 +12,33 @@
 
 namespace fif {
 
-#define FIF_DECLARE(isa)                                                              \
-  namespace isa {                                                                     \
-  void infer(const Problem&, const InferArgs&, const Threads&);                       \
-  void train(const Problem&, const TrainArgs&, const Threads&);                       \
-  void backward(const Problem&, const BackwardArgs&, const Threads&);                 \
-  int64_t packed_bytes(const Problem&);                                               \
-  void pack(const Problem&, const InferArgs&, void*);                                 \
-  void pool(const Problem&, const InferArgs&, const Threads&);                        \
-  uint64_t fingerprint(const void* const*, const int64_t*, int64_t);                  \
-  void strided_train(const Problem&, const StridedArgs&, const Threads&);             \
-  void strided_backward(const Problem&, const StridedArgs&, const Threads&);          \
-  }                                                                                   \
-  static const Kernels isa##_kernels{                                                 \
-      #isa,      isa::infer, isa::train,       isa::backward,      isa::packed_bytes, \
-      isa::pack, isa::pool,  isa::fingerprint, isa::strided_train, isa::strided_backward};
+#define FIF_DECLARE(isa)                                                     \
+  namespace isa {                                                            \
+  void infer(const Problem&, const InferArgs&, const Threads&);              \
+  void train(const Problem&, const TrainArgs&, const Threads&);              \
+  void backward(const Problem&, const BackwardArgs&, const Threads&);        \
+  int64_t packed_bytes(const Problem&);                                      \
+  void pack(const Problem&, const InferArgs&, void*);                        \
+  void pool(const Problem&, const InferArgs&, const Threads&);               \
+  uint64_t fingerprint(const void* const*, const int64_t*, int64_t);         \
+  void strided_train(const Problem&, const StridedArgs&, const Threads&);    \
+  void strided_backward(const Problem&, const StridedArgs&, const Threads&); \
+  }
+// One that trains with the kernels of another, which setup.py knows too: it adds nothing to them.
+#define FIF_VARIANT(isa, training)                                                         \
+  FIF_DECLARE(isa)                                                                         \
+  static const Kernels isa##_kernels{                                                      \
+      #isa,      isa::infer, training::train,  training::backward,      isa::packed_bytes, \
+      isa::pack, isa::pool,  isa::fingerprint, training::strided_train, training::strided_backward};
 
-FIF_DECLARE(baseline)
+FIF_VARIANT(baseline, baseline)
 #if defined(__x86_64__)
-FIF_DECLARE(avx2)
-FIF_DECLARE(avx512)
-FIF_DECLARE(avx512bf16)
-FIF_DECLARE(amx)
+FIF_VARIANT(avx2, avx2)
+FIF_VARIANT(avx512, avx512)
+FIF_VARIANT(avx512bf16, avx512bf16)
+FIF_VARIANT(amx, avx512bf16)
 #endif
+#undef FIF_VARIANT
 #undef FIF_DECLARE
 
 namespace {

@@ -34,15 +34,14 @@ struct ClampBelow {
   FIF_INLINE HalfF operator()(HalfF v) const { return (HalfF)_mm256_max_ps((__m256)lower_half(low), (__m256)v); }
 #endif
 };
-// Calls f with what clamps values, without an upper bound where there is none, since every operation counts. Smooth
-// activations leave them as they are.
-template <class A, class F>
+// Calls f with what clamps values; where it is `Worth` more code, without an upper bound for those that have none.
+// Smooth activations leave them as they are.
+template <class A, bool Worth, class F>
 FIF_INLINE void with_clamp(Activation a, F f) {
   const Clamp<A> clamp(a);
-  if (a == Activation::relu6)
-    f(clamp);
-  else
-    f(ClampBelow<A>{clamp.low});
+  if constexpr (Worth)
+    if (a != Activation::relu6) return f(ClampBelow<A>{clamp.low});
+  f(clamp);
 }
 
 // e^x to 2 units in the last place: x = k ln2 + r, |r| <= ln2 / 2, polynomial of degree 6 (coefficients 1/n!, the last

@@ -124,7 +124,7 @@ class ChannelWise {
           auto first_of = [&](int64_t count) { return first_lanes(max_of<int64_t>(0, min_of<int64_t>(L, count - m))); };
           auto run = [&](auto half) {
             constexpr bool kHalf = decltype(half)::value;
-            with_clamp<A>(p.activation, [&](auto clamp) {
+            with_clamp<A, K == 3>(p.activation, [&](auto clamp) {
               if (a.add.data)
                 cheap_direct<true, kHalf>(y + m, step, m0 + m, r, stop, first_of(channels), first_of(kept), n, clamp);
               else
@@ -141,7 +141,7 @@ class ChannelWise {
         continue;
       }
       A* const map = z + (p.depthwise_kernel ? s * z_size() : 0);
-      with_clamp<A>(p.activation, [&](auto clamp) {
+      with_clamp<A, K == 3>(p.activation, [&](auto clamp) {
         for (int64_t m = 0; m < kept; m += L)
           cheap_vector(
               y + m, step, m0 + m, s, r, stop,

@@ -158,10 +158,13 @@ FIF_INLINE void depthwise_channels(const A* in, int64_t step, int height, int wi
   for (int r = r0; r < r1; ++r)
     in_blocks<kBlock<A, K>>(0, width, [&](int c, auto columns) {
       constexpr int Q = decltype(columns)::value;
-      if (channel_row<K, Q, A, Half>(in, step, height, width, r, c, taps, start, Constant<0>{}, tee, emit)) [[unlikely]]
-        [&] __attribute__((noinline, cold)) () {
-          channel_row<K, Q, A, Half>(in, step, height, width, r, c, taps, start, Constant<1>{}, tee, emit);
-        }();
+      auto row = [&](auto exact) {
+        return channel_row<K, Q, A, Half>(in, step, height, width, r, c, taps, start, exact, tee, emit);
+      };
+      if constexpr (K != 3)
+        row(Constant<1>{});  // not worth the code of both
+      else if (row(Constant<0>{})) [[unlikely]]
+        [&] __attribute__((noinline, cold)) () { row(Constant<1>{}); }();
     });
 }
 
