@@ -168,12 +168,7 @@ def _differentiable_strided_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | N
     x, weight, norm_weight, norm_bias = tensors
     raw = F.conv2d(x, weight, None, ctx.stride, weight.shape[-1] // 2, groups=x.shape[1])
     out = F.batch_norm(raw, None, None, norm_weight, norm_bias, True, 0.0, ctx.eps)
-    places = [place for place in range(4) if ctx.needs_input_grad[place]]
-    gradients = torch.autograd.grad(out, [tensors[place] for place in places], grad, create_graph=True)
-    result: list[Tensor | None] = [None] * 9
-    for place, gradient in zip(places, gradients, strict=True):
-        result[place] = gradient
-    return tuple(result)
+    return _differentiable_gradients(ctx, out, grad, dict(enumerate(tensors)))
 
 
 def infer(convolutions: Convolutions, norms: tuple[Tensor | None, ...], options: Options) -> Tensor:
@@ -256,10 +251,18 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
         groups=options.groups,
     )
     # Positions of the nine saved inputs among forward's arguments.
-    places = (0, 1, 2, 3, 4, 5, 6, 9, 10)
-    wanted = [(place, t) for place, t in zip(places, tensors, strict=True) if ctx.needs_input_grad[place]]
-    gradients = torch.autograd.grad(out, [t for _, t in wanted], grad, create_graph=True, allow_unused=True)
-    result: list[Tensor | None] = [None] * 14
-    for (place, _), gradient in zip(wanted, gradients, strict=True):
+    return _differentiable_gradients(ctx, out, grad, dict(zip((0, 1, 2, 3, 4, 5, 6, 9, 10), tensors, strict=True)))
+
+
+def _differentiable_gradients(
+    ctx: Any, out: Tensor, grad: Tensor, tensors: dict[int, Any]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``out`` as functions, in the places that backward returns them in; ``tensors``: by place."""
+    result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    wanted = [place for place in tensors if ctx.needs_input_grad[place]]
+    gradients = torch.autograd.grad(
+        out, [tensors[place] for place in wanted], grad, create_graph=True, allow_unused=True
+    )
+    for place, gradient in zip(wanted, gradients, strict=True):
         result[place] = gradient
     return tuple(result)

@@ -182,7 +182,8 @@ class ChannelWise {
     }
   }
 
-  // A place of the result; where something is to be added, that lies `addend` numbers further on.
+  // The cheap maps of a vector of channels from registers to their place, and with a splice the primary ones as they
+  // pass.
   template <bool Adds, bool Half, class Clamps>
   void cheap_direct(const A* y, int64_t y_step, int64_t m, int64_t r, int64_t stop, Mask lanes, Mask kept, int64_t n,
                     Clamps clamp) const {
