@@ -158,3 +158,15 @@ def test_head_agrees(training):
     torch.testing.assert_close(results(head, x, upstream), results(plain, x, upstream))
     head[1].register_forward_hook(lambda module, inputs, out: out * 0)
     assert not torch.equal(head(x), plain(x))
+
+
+def test_heads_of_other_parts_run_as_they_are():
+    for place, part in {
+        0: nn.AdaptiveAvgPool2d(2), 1: nn.Conv2d(12, 20, 3, padding=1, bias=False), 2: nn.Identity(),
+    }.items():  # fmt: skip
+        head = PooledConvNorm(12, 20).eval()
+        head[place] = part
+        x = torch.randn(2, 12, 4, 4)
+        torch.testing.assert_close(head(x), nn.Sequential(*head)(x))
+    head[1] = nn.Conv2d(12, 20, 1, groups=4, bias=False)
+    torch.testing.assert_close(head(x), nn.Sequential(*head)(x))

@@ -63,9 +63,12 @@ class ConvNorm(nn.Sequential):
         return chain.sequence(self, value)
 
     def _plain(self) -> bool:
-        """Whether all parts are what the constructor made, without hooks and forwards of their own."""
+        """Whether the parts are such as the constructor makes, without hooks and forwards of their own."""
         kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
-        return len(self) <= len(kinds) and all(map(_is_plain, self, kinds))
+        if not 2 <= len(self) <= len(kinds) or not all(map(_is_plain, self, kinds)):
+            return False
+        conv: Any = self[0]
+        return conv.bias is None and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
 
     def _can_stride(self, x: Tensor) -> bool:
         """Whether training runs as a ``StridedNorm``, which the fused unit's backend must be allowed to."""
@@ -83,9 +86,6 @@ class ConvNorm(nn.Sequential):
             and conv.kernel_size == (kernel, kernel)
             and conv.padding == (kernel // 2, kernel // 2)
             and conv.stride[0] == conv.stride[1]
-            and conv.dilation == (1, 1)
-            and conv.padding_mode == "zeros"
-            and conv.bias is None
             and norm.training
             and norm.track_running_stats
             and norm.momentum is not None
@@ -122,12 +122,20 @@ class PooledConvNorm(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, in_channels, H, W). Returns (B, out_channels)."""
         parts: list[Any] = list(self)
-        if len(parts) != 5 or not _is_plain(parts[1], nn.Conv2d) or type(parts[0]) is not nn.AdaptiveAvgPool2d:
+        if not self._is_product():
             return super().forward(x)
         y = F.linear(parts[0](x).flatten(1), parts[1].weight.flatten(1), parts[1].bias)[:, :, None, None]
         for part in parts[2:]:
             y = part(y)
         return y
+
+    def _is_product(self) -> bool:
+        if len(self) != 5 or type(self[0]) is not nn.AdaptiveAvgPool2d or not _is_plain(self[1], nn.Conv2d):
+            return False
+        pool: Any = self[0]
+        conv: Any = self[1]
+        one_pixel = pool.output_size in (1, (1, 1)) and conv.kernel_size == (1, 1) and conv.padding == (0, 0)
+        return one_pixel and conv.groups == 1
 
     def lower(self, chain: Any, value: int) -> int:
         """A pooling stage and a convolution's."""
