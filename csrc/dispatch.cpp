@@ -34,7 +34,9 @@ namespace fif {
 FIF_VARIANT(baseline, baseline)
 #if defined(__x86_64__)
 FIF_VARIANT(avx2, avx2)
+#if !defined(FIF_SANITIZED)
 FIF_VARIANT(avx512, avx512)
+#endif
 FIF_VARIANT(avx512bf16, avx512bf16)
 FIF_VARIANT(amx, avx512bf16)
 #endif
@@ -57,7 +59,7 @@ bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf1
 // Tiles want the system's leave, for a process as a whole: Linux saves their eight kibibytes only for those that ask.
 bool has_amx() {
   if (!has_avx512bf16()) return false;
-#if defined(FIF_EMULATED_TILES)
+#if defined(FIF_SANITIZED)
   return true;
 #else
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
@@ -75,7 +77,9 @@ struct Available {
 #if defined(__x86_64__)
     int n = 1;
     if (has_avx2()) list[n++] = &avx2_kernels;
+#if !defined(FIF_SANITIZED)
     if (has_avx512()) list[n++] = &avx512_kernels;
+#endif
     if (has_avx512bf16()) list[n++] = &avx512bf16_kernels;
     if (has_amx()) list[n++] = &amx_kernels;
 #endif

@@ -197,14 +197,16 @@ def test_every_depth_of_products_in_16_bits(depth, stride):
             assert torch.equal(FusedFiF.from_reference(unit)(inner), FusedFiF.from_reference(unit)(x))
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
 @both_layouts
-def test_every_small_result_in_16_bits(layout):
+def test_every_small_result_in_16_bits(layout, kernel):
     """Subnormal ones are rounded, not taken for zeros, whatever the processor's instruction does with them."""
     x = 2.0 ** -torch.arange(98.0, 126.0) * torch.tensor([1.0, -1.34375, 1.9921875]).repeat_interleave(28).view(3, 28)
     x = place(x.view(1, 3, 4, 7).repeat(1, 7, 1, 1).to(torch.bfloat16), layout)
     one = torch.eye(21, dtype=torch.bfloat16)[:, :, None, None]
     norm = Norm(torch.full((21,), 2.0**-12), None, torch.zeros(21), torch.ones(21), False, 0.1, 0.0)
-    cheap = torch.ones(21, 1, 1, 1, dtype=torch.bfloat16)
+    cheap = torch.zeros(21, 1, kernel, kernel, dtype=torch.bfloat16)
+    cheap[:, :, kernel // 2, kernel // 2] = 1
     out = feature_augment(x, one, cheap, primary_norm=norm, activation=None, backend="cpu")
     wanted = (x.float() * 2.0**-12).to(torch.bfloat16)
     assert wanted.abs()[wanted != 0].min() <= 2.0**-133

@@ -157,8 +157,8 @@ def sanitizers():
     }
 
 
-# Under sanitizers plain C++ does what the tile registers do, on processors without them too.
-SANITIZED_ISAS = sorted({*ISAS, *(["amx"] if "avx512bf16" in ISAS else [])})
+# Under sanitizers plain C++ does what the tile registers do, on processors without them too; setup.py leaves one out.
+SANITIZED_ISAS = sorted({*ISAS, *(["amx"] if "avx512bf16" in ISAS else [])} - {"avx512"})
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ template <class T, int K>
 class ChannelWise {
   using A = Compute<T>;
   static constexpr int L = kLanes<A>, P = K / 2;
+  static constexpr bool kEveryForm = K == 3;  // for other sizes, forms that save a little are not worth their code
   const Problem& p;
   const InferArgs& a;
   const Blocks<A> blocks;
@@ -51,21 +52,22 @@ class ChannelWise {
     const int64_t pairs = p.batch * blocks.count;
     const int64_t cuts = pairs >= threads.count ? 1 : min_of(out_height, ceil_div(threads.count, pairs));
     const int64_t y_size = (rows + halo + P) * p.width * blocks.most();
-    const int64_t z_count = direct() || !p.multiplier ? 0 : p.depthwise_kernel ? p.multiplier : 1;
-    const int64_t each = y_size + z_count * z_size() + primary.buffer();
+    const int64_t each = y_size + z_count() * z_size() + primary.buffer();
     const Scratch<A> memory(threads.count * each);
     parallel(threads, pairs * cuts, [&](int64_t begin, int64_t end, int thread) {
-      A *y = memory.get() + thread * each, *wide = y + y_size, *z = wide + primary.buffer();
+      A *y = memory.get() + thread * each, *z = y + y_size + primary.buffer();
+      Workspace<A> work{.wide = y + y_size};
       for (int64_t task = begin; task < end; ++task) {
         const int64_t pair = task / cuts, cut = task % cuts;
         segment(pair / blocks.count, blocks[pair % blocks.count], cut * out_height / cuts,
-                (cut + 1) * out_height / cuts, y, z, wide);
+                (cut + 1) * out_height / cuts, y, z, work);
       }
     });
   }
 
  private:
-  // Of the cheap maps of a tile and of what it needs of earlier ones, one for each primary map.
+  // Of the cheap maps of a tile and of what it needs of earlier ones, one for each primary map; and how many of those.
+  int64_t z_count() const { return direct() || !p.multiplier ? 0 : p.depthwise_kernel || mixes() ? p.multiplier : 1; }
   int64_t z_size() const { return (rows + halo) * p.width * blocks.most(); }
 
   int64_t tile() const {
@@ -78,19 +80,19 @@ class ChannelWise {
   // A block of channels in rows [out_begin, out_end) of the result of image n. y holds the primary maps of a tile and
   // its halo, dense, in the compute type; what the next tile needs of them moves to the front. The same of z, which
   // holds cheap maps, where a depthwise convolution follows.
-  void segment(int64_t n, ChannelBlock b, int64_t out_begin, int64_t out_end, A* y, A* z, A* wide) const {
+  void segment(int64_t n, ChannelBlock b, int64_t out_begin, int64_t out_end, A* y, A* z, Workspace<A>& work) const {
     const int64_t line = p.width * b.width, reach2 = p.depthwise_kernel / 2, stride = p.depthwise_stride;
     if constexpr (sizeof(T) == sizeof(A))
       if (primary.straight())
         return primary.rows(n, b, out_begin, out_end,
                             static_cast<T*>(a.out.data) + n * a.out.batch + out_begin * p.width * a.out.step + b.m,
-                            wide);
+                            work);
     const int64_t begin = max_of<int64_t>(0, out_begin * stride - reach2);
     const int64_t end = min_of(p.height, (out_end - 1) * stride + reach2 + 1);
     int64_t done = max_of<int64_t>(0, begin - P), out_row = out_begin;
     for (int64_t r = begin; r < end; r += rows) {
       const int64_t stop = min_of(end, r + rows), first = r - halo, reach = min_of(p.height, stop + P);
-      if (done < reach) primary.rows(n, b, done, reach, y + (done - first) * line, wide);
+      if (done < reach) primary.rows(n, b, done, reach, y + (done - first) * line, work);
       done = max_of(done, reach);
       cheap(n, b, r, stop, y - first * line, z - first * line);
       if (p.depthwise_kernel) {
@@ -109,7 +111,15 @@ class ChannelWise {
   }
 
   // Whether cheap maps go from registers to their place; else they make a stop in z, so that one kernel serves all.
-  bool direct() const { return p.channels_last && p.multiplier == 1 && is_clamp(p.activation) && !p.depthwise_kernel; }
+  bool direct() const {
+    return p.channels_last && p.multiplier == 1 && is_clamp(p.activation) && !p.depthwise_kernel &&
+        (kEveryForm || !a.add.data);
+  }
+
+  // Whether the cheap maps of one primary map, neighbours in the output, are stored together.
+  bool mixes() const {
+    return p.channels_last && !p.depthwise_kernel && p.multiplier > 1 && p.multiplier <= Interleaved<A>::kMost;
+  }
 
   // y and z point to where row 0 of the map would be.
   void cheap(int64_t n, ChannelBlock b, int64_t r, int64_t stop, const A* y, A* z) const {
@@ -124,14 +134,15 @@ class ChannelWise {
           auto first_of = [&](int64_t count) { return first_lanes(max_of<int64_t>(0, min_of<int64_t>(L, count - m))); };
           auto run = [&](auto half) {
             constexpr bool kHalf = decltype(half)::value;
-            with_clamp<A, K == 3>(p.activation, [&](auto clamp) {
-              if (a.add.data)
-                cheap_direct<true, kHalf>(y + m, step, m0 + m, r, stop, first_of(channels), first_of(kept), n, clamp);
+            with_clamp<A, kEveryForm>(p.activation, [&](auto clamp) {
+              if (kEveryForm && a.add.data)
+                cheap_direct<kEveryForm, kHalf>(y + m, step, m0 + m, r, stop, first_of(channels), first_of(kept), n,
+                                                clamp);
               else
                 cheap_direct<false, kHalf>(y + m, step, m0 + m, r, stop, first_of(channels), first_of(kept), n, clamp);
             });
           };
-          if constexpr (kHalves && sizeof(T) == 4)
+          if constexpr (kHalves && sizeof(T) == 4 && kEveryForm)
             if (half_wanted<A>(channels - m)) {
               run(Constant<1>{});
               continue;
@@ -140,8 +151,8 @@ class ChannelWise {
         }
         continue;
       }
-      A* const map = z + (p.depthwise_kernel ? s * z_size() : 0);
-      with_clamp<A, K == 3>(p.activation, [&](auto clamp) {
+      A* const map = z + (z_count() > 1 ? s * z_size() : 0);
+      with_clamp<A, kEveryForm>(p.activation, [&](auto clamp) {
         for (int64_t m = 0; m < kept; m += L)
           cheap_vector(
               y + m, step, m0 + m, s, r, stop,
@@ -154,8 +165,29 @@ class ChannelWise {
         for (int64_t i = first; i < first + count; ++i)
           for (int64_t m = 0; m < kept; m += L)
             store(map + i * step + m, smooth_value<A>(load(map + i * step + m), p.activation));
-      if (!p.depthwise_kernel && kept > 0)
+      if (!p.depthwise_kernel && !mixes() && kept > 0)
         place(map + first * step, step, count, kept, n, channel, p.multiplier, first);
+    }
+    if (mixes()) mix(z + first * step, step, count, channels, n, m0, first);
+  }
+
+  // Cheap maps from z to their place: those of primary maps m, m + 1, ... in pixels [first, first + count).
+  void mix(const A* z, int64_t step, int64_t count, int64_t channels, int64_t n, int64_t m, int64_t first) const {
+    const int64_t channel = p.kept_primary() + m * p.multiplier, z_step = z_size();
+    const int64_t kept = min_of(channels * p.multiplier, p.out_channels - channel), most = L * p.multiplier;
+    T* to = static_cast<T*>(a.out.data) + n * a.out.batch + first * a.out.step + channel;
+    const T* add = static_cast<const T*>(a.add.data);
+    if (add) add += n * a.add.batch + first * a.add.step + channel;
+    const Interleaved<A> interleaved(static_cast<int>(p.multiplier));
+    for (int64_t i = 0; i < count; ++i, z += step, to += a.out.step) {
+      for (int64_t k = 0; k < kept; k += most)
+        interleaved.each(z + k / p.multiplier, z_step, [&](int64_t at, Vec<A> v) {
+          if (k + at >= kept) return;
+          const Mask lanes = first_lanes(min_of<int64_t>(L, kept - k - at));
+          if (add) v += load(add + k + at, lanes);
+          store(to + k + at, v, lanes);
+        });
+      if (add) add += a.add.step;
     }
   }
 
@@ -218,7 +250,8 @@ class ChannelWise {
     const A* packed = constants.cheap(m, s);
     typename V::type taps[K * K];
     FIF_UNROLL for (int t = 0; t < K * K; ++t) taps[t] = V::load(packed + t * L);
-    depthwise_channels<K, A, Half>(y, step, p.height, p.width, r, stop, taps, V::load(packed + K * K * L), tee, emit);
+    depthwise_channels<K, A, Half, kEveryForm && kRoundsQuickly<T>>(y, step, p.height, p.width, r, stop, taps,
+                                                                    V::load(packed + K * K * L), tee, emit);
   }
 
   // Rows [from, to) of the depthwise convolution that follows, of the primary maps and of the cheap ones.

@@ -17,7 +17,7 @@ void forward(int width, Strip<const A> in, Strip<A> out, const Vec<A>* taps) {
   } else {
     Vec<A> vectors[K * K];
     for (int t = 0; t < K * K; ++t) vectors[t] = taps[t];
-    depthwise_channels<K, A>(
+    depthwise_channels<K, A, false, false>(
         in.data, kLanes<A>, height, width, first, stop, vectors, Vec<A>{}, [](int64_t) { return Nowhere{}; },
         [=](int64_t pixel) {
           return Along(base + pixel * kLanes<A>, kLanes<A>, [](A* to, Vec<A> v, auto, LaneMask&) { store(to, v); });

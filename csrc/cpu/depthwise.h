@@ -151,8 +151,8 @@ FIF_INLINE LaneMask channel_row(const A* in, int64_t step, int height, int width
 
 // Rows [r0, r1) of whole vectors, or of their lower halves, in the compute type; taps are K * K vectors, one lane a
 // channel; tee gets the input itself. Rows below 0 and from `height` on count as zeros, so a window of a larger map may
-// be given by a pointer to where its row 0 would be.
-template <int K, class A, bool Half = false, class Tee, class Emit>
+// be given by a pointer to where its row 0 would be. `Quick`: values may be stored inexactly first.
+template <int K, class A, bool Half, bool Quick, class Tee, class Emit>
 FIF_INLINE void depthwise_channels(const A* in, int64_t step, int height, int width, int r0, int r1,
                                    const Part<A, Half> (&taps)[K * K], Part<A, Half> start, Tee tee, Emit emit) {
   for (int r = r0; r < r1; ++r)
@@ -161,8 +161,8 @@ FIF_INLINE void depthwise_channels(const A* in, int64_t step, int height, int wi
       auto row = [&](auto exact) {
         return channel_row<K, Q, A, Half>(in, step, height, width, r, c, taps, start, exact, tee, emit);
       };
-      if constexpr (K != 3)
-        row(Constant<1>{});  // not worth the code of both
+      if constexpr (!Quick)
+        row(Constant<1>{});
       else if (row(Constant<0>{})) [[unlikely]]
         [&] __attribute__((noinline, cold)) () { row(Constant<1>{}); }();
     });

@@ -4,7 +4,6 @@
 // 6x4, 16 hold 6x2 or 4x3. Per step of k: V loads, R broadcasts, R*V fused multiply-adds; with 12x2 that is 14 loads
 // for 24 multiply-adds, so the loads hide behind the arithmetic. Limit: the multiply-add units.
 #include "gemm.h"
-#include "tiles.h"
 
 namespace fif::FIF_ISA {
 namespace {
@@ -194,11 +193,69 @@ struct TileBlock {
   int rows = 0, vectors = 0;
 };
 
+// The sums of a block, on their way from the tile registers to their place.
+class TileSums {
+ public:
+  TileSums(const TileProduct& product, int pixels) : g(product), pixels_(pixels), clamp_(g.activation) {}
+
+  void take(TileRegisters& tiles, const TileBlock& b) {
+    tiles.store<kSums>(sums_[0], kTileBytes);
+    if (b.vectors == 2) tiles.store<kSums + 1>(sums_[1], kTileBytes);
+    if (b.rows == 2) tiles.store<kSums + 2>(sums_[2], kTileBytes);
+    if (b.rows == 2 && b.vectors == 2) tiles.store<kSums + 3>(sums_[3], kTileBytes);
+    block_ = b;
+    placed_ = 0;
+  }
+  int count() const { return block_.rows * block_.vectors; }
+  // As many tiles that so many in all are at their place.
+  FIF_INLINE void place(int upto) {
+    for (; placed_ < upto; ++placed_) {
+      if (is_clamp(g.activation))
+        place_next([clamp = clamp_](VecF v) { return clamp(v); });
+      else
+        place_next([kind = g.activation](VecF v) { return smooth_value<float>(v, kind); });
+    }
+  }
+
+ private:
+  template <class Activate>
+  FIF_INLINE void place_next(Activate activate) const {
+    const int r = placed_ / block_.vectors, j = placed_ % block_.vectors;
+    const int64_t step = g.c_row, channel = (block_.v + j) * kTileSide;
+    const VecF scale = load(g.scale + channel), shift = load(g.shift + channel);
+    float* c = g.c + block_.at[r] * step + channel;
+    const float* sums = sums_[2 * r + j][0];
+    auto one = [&]() __attribute__((always_inline)) {
+      store(c, activate(load(sums) * scale + shift));
+      c += step;
+      sums += kTileSide;
+    };
+    if (pixels_ == kTileSide) {
+      FIF_UNROLL for (int i = 0; i < kTileSide; ++i) {
+        one();
+        asm("" : "+r"(c));
+      }
+    } else {
+      for (int i = 0; i < pixels_; ++i) one();
+    }
+  }
+
+  alignas(64) float sums_[4][kTileSide][kTileSide];
+  const TileProduct& g;
+  TileBlock block_;
+  int placed_ = 0;
+  const int pixels_;
+  const Clamp<float> clamp_;
+};
+
+// Between the products of a block the sums of the one before it go to their place: the processor looks ahead over some
+// products, but not over all that a block's sums need.
 template <int Rows, int Vectors>
-FIF_INLINE void multiply(TileRegisters& tiles, const TileProduct& g, const TileBlock& b) {
+FIF_INLINE void multiply(TileRegisters& tiles, const TileProduct& g, const TileBlock& b, TileSums& before) {
   const bf16 *first = g.a + b.at[0] * g.a_row, *second = g.a + b.at[1] * g.a_row;
   const int64_t pairs = g.chunk / 2 * kTileSide, vector = g.chunks * pairs, row = g.a_row * 2;
   const bf16_pair* weights = g.b + b.v * vector;
+  const int64_t count = before.count();
   tiles.zero<kSums>();
   if constexpr (Vectors == 2) tiles.zero<kSums + 1>();
   if constexpr (Rows == 2) tiles.zero<kSums + 2>();
@@ -216,68 +273,15 @@ FIF_INLINE void multiply(TileRegisters& tiles, const TileProduct& g, const TileB
       tiles.multiply_add<kSums + 1, kPixels, kWeights + 1>();
     }
     if constexpr (Rows == 2 && Vectors == 2) tiles.multiply_add<kSums + 3, kPixels + 1, kWeights + 1>();
+    before.place(static_cast<int>(min_of<int64_t>(count, (k + 1) * ceil_div(count, g.chunks))));
   }
 }
 
-// The sums of a block, on their way from the tile registers to their place.
-class TileSums {
- public:
-  TileSums(const TileProduct& product, int pixels) : g(product), pixels_(pixels), clamp_(g.activation) {}
-
-  void take(TileRegisters& tiles, const TileBlock& b) {
-    tiles.store<kSums>(sums_[0], kTileBytes);
-    if (b.vectors == 2) tiles.store<kSums + 1>(sums_[1], kTileBytes);
-    if (b.rows == 2) tiles.store<kSums + 2>(sums_[2], kTileBytes);
-    if (b.rows == 2 && b.vectors == 2) tiles.store<kSums + 3>(sums_[3], kTileBytes);
-    block_ = b;
-  }
-  FIF_INLINE void place() const {
-    if (block_.vectors == 0) return;
-    if (is_clamp(g.activation))
-      place([clamp = clamp_](VecF v) { return clamp(v); });
-    else
-      place([kind = g.activation](VecF v) { return smooth_value<float>(v, kind); });
-  }
-
- private:
-  template <class Activate>
-  FIF_INLINE void place(Activate activate) const {
-    const int64_t step = g.c_row;
-    for (int j = 0; j < block_.vectors; ++j) {
-      const int64_t channel = (block_.v + j) * kTileSide;
-      const VecF scale = load(g.scale + channel), shift = load(g.shift + channel);
-      for (int r = 0; r < block_.rows; ++r) {
-        float* c = g.c + block_.at[r] * step + channel;
-        const float* sums = sums_[2 * r + j][0];
-        auto one = [&]() __attribute__((always_inline)) {
-          store(c, activate(load(sums) * scale + shift));
-          c += step;
-          sums += kTileSide;
-        };
-        if (pixels_ == kTileSide) {
-          FIF_UNROLL for (int i = 0; i < kTileSide; ++i) {
-            one();
-            asm("" : "+r"(c));
-          }
-        } else {
-          for (int i = 0; i < pixels_; ++i) one();
-        }
-      }
-    }
-  }
-
-  alignas(64) float sums_[4][kTileSide][kTileSide];
-  const TileProduct& g;
-  TileBlock block_;
-  const int pixels_;
-  const Clamp<float> clamp_;
-};
-
 }  // namespace
 
-void gemm(const TileProduct& g) {
+void gemm(const TileProduct& g, TileRegisters& tiles) {
   const int pixels = static_cast<int>(min_of<int64_t>(kTileSide, g.rows));
-  TileRegisters tiles(TileShapes(pixels, static_cast<int>(g.chunk)));
+  tiles.shape(TileShapes(pixels, static_cast<int>(g.chunk)));
   TileSums sums(g, pixels);
   for (int64_t i = 0; i < g.rows; i += 2 * kTileSide)
     for (int64_t v = 0; v < g.vectors; v += 2) {
@@ -287,13 +291,12 @@ void gemm(const TileProduct& g) {
                         .rows = i + kTileSide < g.rows ? 2 : 1,
                         .vectors = v + 1 < g.vectors ? 2 : 1};
       if (b.vectors == 2)
-        b.rows == 2 ? multiply<2, 2>(tiles, g, b) : multiply<1, 2>(tiles, g, b);
+        b.rows == 2 ? multiply<2, 2>(tiles, g, b, sums) : multiply<1, 2>(tiles, g, b, sums);
       else
-        b.rows == 2 ? multiply<2, 1>(tiles, g, b) : multiply<1, 1>(tiles, g, b);
-      sums.place();  // of the block before, while the tiles multiply
+        b.rows == 2 ? multiply<2, 1>(tiles, g, b, sums) : multiply<1, 1>(tiles, g, b, sums);
       sums.take(tiles, b);
     }
-  sums.place();
+  sums.place(sums.count());
 }
 #endif
 

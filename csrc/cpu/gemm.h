@@ -11,6 +11,7 @@
 #pragma once
 
 #include "activation.h"
+#include "tiles.h"
 
 namespace fif::FIF_ISA {
 
@@ -58,6 +59,6 @@ struct TileProduct {
   const float* shift;
   Activation activation;
 };
-void gemm(const TileProduct& g);
+void gemm(const TileProduct& g, TileRegisters& tiles);
 
 }  // namespace fif::FIF_ISA

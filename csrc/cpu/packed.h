@@ -12,20 +12,31 @@ struct ChannelBlock {
   int64_t m, width;
 };
 
+// Whether the product takes bf16 numbers as they lie in x: by tiles, or in pairs.
+inline bool tiled(const Problem& p) { return kTiles && p.dtype == Dtype::bf16 && p.channels_last; }
+inline bool paired(const Problem& p) { return kBf16Dot && !kTiles && p.dtype == Dtype::bf16 && p.channels_last; }
+
 // The channels of a unit in blocks of whole vectors, as few and as even as may be.
 template <class A>
 struct Blocks {
   static constexpr int kVectors = 3, L = kLanes<A>;
   const int64_t vectors, count;
 
-  // Four vectors at once, where the registers hold six pixels of them, want fewer loads than two times two.
-  explicit Blocks(const Problem& p)
-      : vectors(ceil_div(p.primary, L)), count(kRegisters == 32 && vectors == 4 ? 1 : ceil_div(vectors, kVectors)) {}
+  explicit Blocks(const Problem& p) : vectors(ceil_div(p.primary, L)), count(number(tiled(p))) {}
   ChannelBlock operator[](int64_t i) const {
     const int64_t from = i * vectors / count * L;
     return {from, (i + 1) * vectors / count * L - from};
   }
   int64_t most() const { return ceil_div(vectors, count) * L; }  // channels of the widest
+
+ private:
+  int64_t number(bool tiled) const {
+    // Four vectors at once, where the registers hold six pixels of them, want fewer loads than two times two.
+    if (kRegisters == 32 && vectors == 4) return 1;
+    // Tiles read all of x for every block; an even number of them, for two threads.
+    if (tiled && vectors > 4) return ceil_div(vectors, 4 * kVectors) * 2;
+    return ceil_div(vectors, kVectors);
+  }
 };
 
 // Whether so many channels fit into half a vector.
@@ -33,10 +44,6 @@ template <class A>
 constexpr bool half_wanted(int64_t channels) {
   return kHalves && sizeof(A) == 4 && channels <= kLanes<A> / 2;
 }
-
-// Whether the product takes bf16 numbers as they lie in x: by tiles, or in pairs.
-inline bool tiled(const Problem& p) { return kTiles && p.dtype == Dtype::bf16 && p.channels_last; }
-inline bool paired(const Problem& p) { return kBf16Dot && !kTiles && p.dtype == Dtype::bf16 && p.channels_last; }
 
 // The parameters of a unit by blocks of channels; lanes beyond the last channel hold zeros.
 template <class T>

@@ -19,6 +19,13 @@ FIF_INLINE void copy_run(const bf16* in, bf16* out, int64_t count) {
   store_bits(&out[i].bits, load_bits(&in[i].bits, lanes), lanes);
 }
 
+// What one thread works with.
+template <class A>
+struct Workspace {
+  A* wide;  // a buffer as large as `Primary` says
+  TileRegisters tiles{};
+};
+
 // The primary maps, dense and in the compute type: rows of them, a block of channels at a time.
 template <class T>
 class Primary {
@@ -48,7 +55,8 @@ class Primary {
   }
 
   // Rows [row, stop) of image n, pixels `b.width` apart, or in their place in the output where they go straight there.
-  __attribute__((noinline)) void rows(int64_t n, ChannelBlock b, int64_t row, int64_t stop, A* y, A* wide) const {
+  __attribute__((noinline)) void rows(int64_t n, ChannelBlock b, int64_t row, int64_t stop, A* y,
+                                      Workspace<A>& w) const {
     const T* image = static_cast<const T*>(a.x.data) + n * a.x.batch;
     const int64_t pixel = row * p.width, pixels = stop * p.width - pixel;
     if (!p.has_primary) return normalised(image + pixel * x_pixel + b.m * x_channel, b, pixels, y);
@@ -67,23 +75,25 @@ class Primary {
                       .scale = constants.scale(b.m),
                       .shift = constants.shift(b.m),
                       .activation = p.activation};
-        return gathers() ? gathered(g, image, pixel, pixels, reinterpret_cast<bf16*>(wide)) : gemm(g);
+        auto run = [&](const TileProduct& part) { gemm(part, w.tiles); };
+        return gathers() ? gathered(g, image, pixel, pixels, reinterpret_cast<bf16*>(w.wide), run) : run(g);
       }
 #endif
+    auto run = [](const auto& product) { gemm(product); };
 #if defined(FIF_BF16_DOT)
     if constexpr (sizeof(T) == 2)
       if (paired(p)) {
         const bf16* x = reinterpret_cast<const bf16*>(image);
         auto g = product(x + pixel * x_pixel, reinterpret_cast<const bf16_pair*>(constants.primary(b.m)), b, pixels, y);
-        return gathers() ? gathered(g, x, pixel, pixels, reinterpret_cast<bf16*>(wide)) : gemm(g);
+        return gathers() ? gathered(g, x, pixel, pixels, reinterpret_cast<bf16*>(w.wide), run) : run(g);
       }
 #endif
     Gemm<A, A, A> g = product<A, A>(nullptr, constants.primary(b.m), b, pixels, y);
     if constexpr (sizeof(T) == sizeof(A)) {
       g.a = image + pixel * x_pixel;
-      return gathers() ? gathered(g, image, pixel, pixels, wide) : gemm(g);
+      return gathers() ? gathered(g, image, pixel, pixels, w.wide, run) : run(g);
     } else {
-      gathered(g, image, pixel, pixels, wide);  // the broadcast operand must be in the compute type
+      gathered(g, image, pixel, pixels, w.wide, run);  // the broadcast operand must be in the compute type
     }
   }
 
@@ -131,8 +141,8 @@ class Primary {
   }
 
   // The product over patches around pixels [pixel, pixel + count) of the maps, some at a time through a buffer.
-  template <class G, class In, class X>
-  void gathered(G g, const In* image, int64_t pixel, int64_t count, X* buffer) const {
+  template <class G, class In, class X, class Run>
+  void gathered(G g, const In* image, int64_t pixel, int64_t count, X* buffer, Run run) const {
     g.a = buffer;
     g.a_row = p.channels_last ? pitch() : 1;
     if constexpr (requires { g.a_k; }) g.a_k = p.channels_last ? 1 : kPixels;
@@ -151,7 +161,7 @@ class Primary {
         patches(image, pixel + i, g.rows, buffer);
       else
         planar_patches(image, pixel + i, g.rows, buffer);
-      gemm(g);
+      run(g);
       g.c += kPixels * g.c_row;
     }
   }

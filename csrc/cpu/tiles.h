@@ -2,7 +2,7 @@
 //
 // Eight registers hold 16 rows of 64 bytes each: sums of 16 pixels x 16 channels, 32 numbers of 16 pixels, or 16 pairs
 // of weights along the depth of 16 channels. One instruction adds the product of the last two to the first, 16,384
-// operations in 16 cycles. With FIF_EMULATED_TILES plain C++ does the same, so that sanitizers see every access.
+// operations in 16 cycles. With FIF_SANITIZED plain C++ does the same, so that sanitizers see every access.
 #pragma once
 
 #include "vec.h"
@@ -22,12 +22,13 @@ enum Tile { kSums, kPixels = 4, kWeights = 6 };  // four registers of sums, two 
 
 // Of the registers; the layout is the processor's.
 struct alignas(64) TileShapes {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint8_t palette = 0, start = 0, reserved[14] = {};
   uint16_t bytes[16] = {};
   uint8_t rows[16] = {};
 
+  TileShapes() = default;
   // For products of `pixels` pixels (16 at most) and `depth` numbers (32 at most, even) at a time.
-  TileShapes(int pixels, int depth) {
+  TileShapes(int pixels, int depth) : palette(1) {
     for (int t = 0; t < 8; ++t) {
       bytes[t] = static_cast<uint16_t>(t >= kPixels && t < kWeights ? 2 * depth : kTileBytes);
       rows[t] = static_cast<uint8_t>(t < kWeights ? pixels : depth / 2);
@@ -36,15 +37,24 @@ struct alignas(64) TileShapes {
 };
 static_assert(sizeof(TileShapes) == 64);
 
-#if defined(__AMX_BF16__) && !defined(FIF_EMULATED_TILES)
+#if defined(__AMX_BF16__) && !defined(FIF_SANITIZED)
 
 // The registers, for as long as this lives. GCC's own intrinsics take literal numbers alone, and say nothing of memory.
 class TileRegisters {
  public:
-  explicit TileRegisters(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes)); }
-  ~TileRegisters() { asm volatile("tilerelease"); }
+  TileRegisters() = default;
+  ~TileRegisters() {
+    if (shapes_.palette) asm volatile("tilerelease");
+  }
   TileRegisters(const TileRegisters&) = delete;
   TileRegisters& operator=(const TileRegisters&) = delete;
+
+  // Takes as long as twenty products, where it changes anything.
+  void shape(const TileShapes& shapes) {
+    if (memcmp(&shapes, &shapes_, sizeof shapes) == 0) return;
+    shapes_ = shapes;
+    asm volatile("ldtilecfg %0" ::"m"(shapes_));
+  }
 
   template <int T>
   FIF_INLINE void zero() {
@@ -63,13 +73,16 @@ class TileRegisters {
   FIF_INLINE void multiply_add() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(S), "i"(P), "i"(W));
   }
+
+ private:
+  TileShapes shapes_;
 };
 
 #elif defined(__AMX_BF16__)
 
 class TileRegisters {
  public:
-  explicit TileRegisters(const TileShapes& shapes) : shapes_(shapes) {}
+  void shape(const TileShapes& shapes) { shapes_ = shapes; }
 
   template <int T>
   void zero() {
@@ -108,6 +121,10 @@ class TileRegisters {
   TileShapes shapes_;
   char data_[8][kTileSide][kTileBytes];
 };
+
+#else
+
+class TileRegisters {};
 
 #endif
 

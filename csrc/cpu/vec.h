@@ -279,11 +279,15 @@ using LaneMask = Mask;
 #endif
 // Unless `exact`, bf16 may be rounded by the instruction that takes subnormal numbers for zeros; `small` then gathers
 // the lanes that held some, and the caller stores all once more.
+template <class T>
+constexpr bool kRoundsQuickly = false;
 template <class T, class V, class Exact>
 FIF_INLINE void store_quickly(T* p, V v, Mask m, Exact, LaneMask&) {
   store(p, v, m);
 }
 #if defined(FIF_BF16_DOT)
+template <>
+constexpr bool kRoundsQuickly<bf16> = true;
 template <class Exact>
 FIF_INLINE void store_quickly(bf16* p, VecF v, Mask m, Exact, LaneMask& small) {
   if constexpr (Exact::value) return store(p, v, m);
@@ -307,6 +311,55 @@ template <class T>
 FIF_INLINE void store_strided(T* p, int64_t stride, VecF v, Mask m) {
   scatter_lanes(&p->bits, stride, narrow(p, v), m);
 }
+
+// `to`, in the lanes of the mask those of v that `index` names.
+FIF_INLINE VecF permute_into(VecF to, Mask m, VecI index, VecF v) {
+#if defined(FIF_AVX512)
+  return (VecF)_mm512_mask_permutexvar_ps((__m512)to, (__mmask16)m, (__m512i)index, (__m512)v);
+#elif defined(FIF_AVX2)
+  const __m256 moved = _mm256_permutevar8x32_ps((__m256)v, (__m256i)index);
+  return (VecF)_mm256_blendv_ps((__m256)to, moved, (__m256)lane_mask(m));
+#else
+  for (int l = 0; l < kLanes<float>; ++l)
+    if (m >> l & 1) to[l] = v[index[l]];
+  return to;
+#endif
+}
+FIF_INLINE VecD permute_into(VecD to, Mask m, VectorOf<int64_t, kVectorBytes>::type index, VecD v) {
+  for (int l = 0; l < kLanes<double>; ++l)
+    if (m >> l & 1) to[l] = v[index[l]];
+  return to;
+}
+
+// Vectors that take turns by lanes: lane l of vector s becomes number l * count + s of as many vectors.
+template <class A>
+class Interleaved {
+  static constexpr int L = kLanes<A>;
+  using Index = typename VectorOf<typename IndexOf<sizeof(A)>::type, kVectorBytes>::type;
+
+ public:
+  static constexpr int kMost = 7;  // beyond that lanes one by one are as fast
+  explicit Interleaved(int count) : count_(count) {
+    for (int i = 0; i < count * L; ++i) {
+      mask_[i / L][i % count] |= Mask(1) << (i % L);
+      index_[i / L][i % L] = i / count;
+    }
+  }
+  // f(number of its first lane, vector) for all of them, from vectors `step` apart
+  template <class F>
+  FIF_INLINE void each(const A* from, int64_t step, F f) const {
+    for (int j = 0; j < count_; ++j) {
+      Vec<A> v{};
+      for (int s = 0; s < count_; ++s) v = permute_into(v, mask_[j][s], index_[j], load(from + s * step));
+      f(j * L, v);
+    }
+  }
+
+ private:
+  int count_;
+  Mask mask_[kMost][kMost] = {};
+  Index index_[kMost] = {};
+};
 
 // ---- products of one broadcast factor (a pair of neighbours, where b holds pairs) and a vector
 
