@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = (
     "-std=c++20 -O2 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -Wall -Wextra -Icsrc "
     # GCC 12 and 13 warn about their own vector headers.
-    "-Wno-maybe-uninitialized -Wno-psabi -Wno-ignored-attributes "
+    "-Wno-uninitialized -Wno-maybe-uninitialized -Wno-psabi -Wno-ignored-attributes "
     "-fno-math-errno -fno-trapping-math -ffp-contract=fast"
 )
 TORCH_FLAGS = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL -DTORCH_STABLE_ONLY"

@@ -56,6 +56,9 @@ const Kernels& cpu_kernels();
 // Torch's threads to run them on: one for every `share` multiply-adds, since to wake one takes microseconds.
 Threads cpu_threads(const Problem& p, int64_t share = 100'000);
 
+// Runs a program of stages with constants that were packed for it (csrc/frozen.cpp).
+Tensor run(const Tensor& x, const Tensor& program, const Tensor& packed, int64_t out_channels, int64_t stride);
+
 // The operators' schemas. Without a primary_weight x holds the primary maps before normalisation, made by another
 // convolution.
 template <class Library>

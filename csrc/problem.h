@@ -123,11 +123,11 @@ struct StridedArgs {
   const void* weight;  // [M, K, K]
   Affine norm;         // forward: mean and rstd are ignored
   double eps = 0;
-  Output out, raw;           // raw: before normalisation, kept for backward
+  Output out{}, raw{};       // raw: before normalisation, kept for backward
   void* stats = nullptr;     // [2, M] compute type: mean, rstd
   void* variance = nullptr;  // [M] unbiased
-  Input grad, kept_raw;      // of out; and raw again
-  Output grad_x;             // data null: not wanted
+  Input grad{}, kept_raw{};  // of out; and raw again
+  Output grad_x{};           // data null: not wanted
   void* grad_weight = nullptr;
   void* grad_affine = nullptr;  // [2, M] compute type: of weight (gamma), of bias (beta)
 };

@@ -197,6 +197,15 @@ def test_every_depth_of_products_in_16_bits(depth, stride):
             assert torch.equal(FusedFiF.from_reference(unit)(inner), FusedFiF.from_reference(unit)(x))
 
 
+@both_layouts
+def test_every_last_piece_of_a_tall_map_in_16_bits(layout):
+    """Pieces of maps of few pixels, behind large ones."""
+    for height in range(338, 350):
+        check_both(
+            problem(in_channels=9, out_channels=32, height=height, width=3, placement=layout, batch=2), torch.bfloat16
+        )
+
+
 @pytest.mark.parametrize("kernel", [1, 3])
 @both_layouts
 def test_every_small_result_in_16_bits(layout, kernel):

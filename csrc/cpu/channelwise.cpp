@@ -49,7 +49,11 @@ class ChannelWise {
         out_height((p.height - 1) / p.depthwise_stride + 1), out_width((p.width - 1) / p.depthwise_stride + 1) {}
 
   void run(const Threads& threads) const {
-    const int64_t pairs = p.batch * blocks.count;
+    // Several blocks together where threads would meet in lines of the output, which costs more than rows computed
+    // twice.
+    const int64_t together =
+        p.batch < threads.count && out_height >= 6 * threads.count && !whole_lines() ? blocks.count : 1;
+    const int64_t groups = blocks.count / together, pairs = p.batch * groups;
     const int64_t cuts = pairs >= threads.count ? 1 : min_of(out_height, ceil_div(threads.count, pairs));
     const int64_t y_size = (rows + halo + P) * p.width * blocks.most();
     const int64_t each = y_size + z_count() * z_size() + primary.buffer();
@@ -58,14 +62,24 @@ class ChannelWise {
       A *y = memory.get() + thread * each, *z = y + y_size + primary.buffer();
       Workspace<A> work{.wide = y + y_size};
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t pair = task / cuts, cut = task % cuts;
-        segment(pair / blocks.count, blocks[pair % blocks.count], cut * out_height / cuts,
-                (cut + 1) * out_height / cuts, y, z, work);
+        const int64_t pair = task / cuts, cut = task % cuts, from = cut * out_height / cuts;
+        for (int64_t b = pair % groups * together, i = 0; i < together; ++i)
+          segment(pair / groups, blocks[b + i], from, (cut + 1) * out_height / cuts, y, z, work);
       }
     });
   }
 
  private:
+  // Whether no cache line of the output holds channels of two blocks.
+  bool whole_lines() const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    if (!p.channels_last) return true;
+    if (a.out.step % kLine != 0 || p.kept_primary() % kLine != 0) return false;
+    for (int64_t i = 0; i < blocks.count; ++i)
+      if (blocks[i].m % kLine != 0) return false;
+    return true;
+  }
+
   // Of the cheap maps of a tile and of what it needs of earlier ones, one for each primary map; and how many of those.
   int64_t z_count() const { return direct() || !p.multiplier ? 0 : p.depthwise_kernel || mixes() ? p.multiplier : 1; }
   int64_t z_size() const { return (rows + halo) * p.width * blocks.most(); }

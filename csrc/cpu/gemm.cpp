@@ -90,8 +90,12 @@ void tile(const Gemm<T, B, C>& g, int64_t i, int64_t j, Mask last) {
     }
     b += g.b_k;
   };
-  for (int64_t k = 0; k < g.depth / kStep; ++k)
-    add([](const T* p) __attribute__((always_inline)) { return spread(p); });
+  for (int64_t segment = 0;;) {
+    for (int64_t k = 0; k < g.depth / kStep; ++k)
+      add([](const T* p) __attribute__((always_inline)) { return spread(p); });
+    if (++segment == g.segments) break;
+    FIF_UNROLL for (int q = 0; q < kGroups; ++q) group[q] += g.a_segment - g.depth * g.a_k;
+  }
 #if defined(FIF_BF16_DOT)
   if constexpr (kStep == 2)
     if (g.depth % 2) add([](const T* p) __attribute__((always_inline)) { return spread_last(p); });

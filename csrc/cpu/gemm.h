@@ -35,6 +35,7 @@ struct Gemm {
   const Compute<A>* scale = nullptr;
   const Compute<A>* shift = nullptr;
   Activation activation = Activation::none;
+  int64_t segments = 1, a_segment = 0;  // so many times the depth, from rows of a that lie a_segment further each time
   bool half = false;    // f32, with whole vectors of b and c: the upper half of the last one is not wanted
   int64_t b_ahead = 0;  // elements from what is read of b to what is asked of the caches: 0, or the next tile's
 };

@@ -1,6 +1,7 @@
-// The primary maps with lanes along channels: a product over pixels of x, or over patches where the convolution is not
-// 1x1 with stride 1, in dense rows of the compute type. Limit: the multiply-add units; a patch costs a copy of its
-// k * k * C numbers, against k * k * C * M multiply-adds.
+// The primary maps with lanes along channels: a product over pixels of x, in dense rows of the compute type. Where the
+// convolution is k x k, over windows of some rows of x, copied with zeros around: the depth of the product then has k
+// segments. Products of 16-bit numbers take whole patches instead, at the price of k * k copies of a pixel. Limit: the
+// multiply-add units.
 #pragma once
 
 #include <type_traits>
@@ -46,7 +47,10 @@ class Primary {
         x_pixel(p.channels_last ? a.x.step : 1), x_channel(p.channels_last ? 1 : a.x.step) {}
 
   // Numbers that `rows` needs for a buffer.
-  int64_t buffer() const { return gathers() || sizeof(T) != sizeof(A) ? kPixels * pitch() : 0; }
+  int64_t buffer() const {
+    if (banded()) return band_rows(band()) * line();
+    return gathers() || sizeof(T) != sizeof(A) ? kPixels * pitch() : 0;
+  }
 
   // Whether the product goes straight to its place in the output: nothing follows it.
   bool straight() const {
@@ -89,9 +93,10 @@ class Primary {
       }
 #endif
     Gemm<A, A, A> g = product<A, A>(nullptr, constants.primary(b.m), b, pixels, y);
+    if (windows()) return by_rows(g, image, row, stop, w.wide);
     if constexpr (sizeof(T) == sizeof(A)) {
       g.a = image + pixel * x_pixel;
-      return gathers() ? gathered(g, image, pixel, pixels, w.wide, run) : run(g);
+      run(g);
     } else {
       gathered(g, image, pixel, pixels, w.wide, run);  // the broadcast operand must be in the compute type
     }
@@ -100,8 +105,21 @@ class Primary {
  private:
   // Whether the product's rows are patches of x rather than its pixels.
   bool windows() const { return p.has_primary && (p.primary_kernel > 1 || p.stride > 1); }
-  // Whether they pass through a buffer although they have x's dtype.
-  bool gathers() const { return windows() || (p.has_primary && tiled(p) && chunks.copies); }
+  // Whether the product takes 16-bit numbers.
+  bool narrow() const { return tiled(p) || paired(p); }
+  // Whether its rows pass through a buffer although they have x's dtype.
+  bool gathers() const { return narrow() && (windows() || (p.has_primary && tiled(p) && chunks.copies)); }
+  // Whether some rows of x are copied, with zeros around.
+  bool banded() const { return windows() && !narrow() && (p.primary_kernel > 1 || sizeof(T) != sizeof(A)); }
+  int64_t line() const { return (p.in_width + p.primary_kernel - 1) * p.in_channels; }
+  // Rows of x that so many rows of the maps are made from, and rows of the maps that are made from one band.
+  int64_t band_rows(int64_t rows) const { return (rows - 1) * p.stride + p.primary_kernel; }
+  int64_t band() const {
+    constexpr int64_t kBytes = 128 * 1024;
+    const int64_t fit = kBytes / (line() * int64_t(sizeof(A)));
+    return p.stride > p.primary_kernel ? 1
+                                       : max_of<int64_t>(1, min_of(p.height, (fit - p.primary_kernel) / p.stride + 1));
+  }
   // Numbers of a row in the buffer, zeros behind its last one.
   int64_t pitch() const { return tiled(p) ? chunks.width() : p.depth(); }
 
@@ -140,6 +158,51 @@ class Primary {
             .half = halves_ && half_wanted<A>(p.primary - b.m - (b.width - L))};
   }
 
+  // The product over windows, a row of the maps at a time.
+  void by_rows(Gemm<A, A, A> g, const T* image, int64_t row, int64_t stop, A* buffer) const {
+    g.rows = p.width;
+    g.a_row = p.stride * x_pixel;
+    if (banded()) {
+      g.a_row = p.stride * p.in_channels;
+      g.a_k = 1;
+      g.segments = p.primary_kernel;
+      g.a_segment = line();
+      g.depth = p.primary_kernel * p.in_channels;
+    }
+    const int64_t most = banded() ? band() : stop - row;
+    for (int64_t count; row < stop; row += count) {
+      count = min_of(most, stop - row);
+      if (banded()) copy_band(image, row * p.stride - p.primary_kernel / 2, band_rows(count), buffer);
+      for (int64_t i = 0; i < count; ++i, g.c += p.width * g.c_row) {
+        if (banded())
+          g.a = buffer + i * p.stride * line();
+        else if constexpr (sizeof(T) == sizeof(A))
+          g.a = image + (row + i) * p.stride * p.in_width * x_pixel;
+        gemm(g);
+      }
+    }
+  }
+
+  // Rows [row, row + count) of x in channels_last and in the compute type, zeros around.
+  void copy_band(const T* image, int64_t row, int64_t count, A* to) const {
+    const int64_t channels = p.in_channels, edge = p.primary_kernel / 2 * channels;
+    for (const int64_t end = row + count; row < end; ++row, to += line()) {
+      if (row < 0 || row >= p.in_height) {
+        memset(to, 0, line() * sizeof(A));
+        continue;
+      }
+      const T* in = image + row * p.in_width * x_pixel;
+      memset(to, 0, edge * sizeof(A));
+      memset(to + line() - edge, 0, edge * sizeof(A));
+      if (!p.channels_last)
+        transpose(in, x_channel, channels, p.in_width, to + edge, channels);
+      else if (x_pixel == channels)
+        copy_run(in, to + edge, p.in_width * channels);
+      else
+        widen_lines(in, x_pixel, p.in_width, channels, to + edge, channels);
+    }
+  }
+
   // The product over patches around pixels [pixel, pixel + count) of the maps, some at a time through a buffer.
   template <class G, class In, class X, class Run>
   void gathered(G g, const In* image, int64_t pixel, int64_t count, X* buffer, Run run) const {
@@ -157,10 +220,8 @@ class Primary {
       else if (!windows())
         for (int64_t c = 0; c < p.in_channels; ++c)
           copy_run(image + c * x_channel + pixel + i, buffer + c * kPixels, g.rows);
-      else if (p.channels_last)
-        patches(image, pixel + i, g.rows, buffer);
       else
-        planar_patches(image, pixel + i, g.rows, buffer);
+        patches(image, pixel + i, g.rows, buffer);
       run(g);
       g.c += kPixels * g.c_row;
     }
@@ -197,35 +258,6 @@ class Primary {
           }
         }
       }
-    }
-  }
-
-  // [depth, kPixels]: pixels of one row of the map come from one row of a plane.
-  template <class In, class X>
-  void planar_patches(const In* image, int64_t pixel, int64_t count, X* to) const {
-    const int64_t reach = p.primary_kernel / 2;
-    for (int64_t q = 0; q < count;) {
-      const int64_t r = (pixel + q) / p.width, c = (pixel + q) % p.width;
-      const int64_t run = min_of(count - q, p.width - c);
-      X* line = to + q;
-      for (int64_t dy = 0; dy < p.primary_kernel; ++dy)
-        for (int64_t dx = 0; dx < p.primary_kernel; ++dx) {
-          const int64_t row = r * p.stride - reach + dy, column = c * p.stride - reach + dx;
-          const bool inside = row >= 0 && row < p.in_height;
-          // Pixels [from, stop) of the run have their column inside the map.
-          const int64_t from = inside ? min_of(run, ceil_div(max_of<int64_t>(0, -column), p.stride)) : run;
-          const int64_t stop = max_of(from, min_of(run, (p.in_width - 1 - column + p.stride) / p.stride));
-          const In* in = image + row * p.in_width + column;
-          for (int64_t k = 0; k < p.in_channels; ++k, in += x_channel, line += kPixels) {
-            if (from > 0) memset(line, 0, from * sizeof(X));
-            if (stop < run) memset(line + stop, 0, (run - stop) * sizeof(X));
-            if (p.stride == 1)
-              copy_run(in + from, line + from, stop - from);
-            else
-              for (int64_t i = from; i < stop; ++i) copy_run(in + i * p.stride, line + i, 1);
-          }
-        }
-      q += run;
     }
   }
 };

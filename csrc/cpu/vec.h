@@ -120,11 +120,17 @@ using HalfU = VectorOf<uint16_t, kVectorBytes / 2>;
 
 FIF_INLINE VecF widen_bf16(HalfU::type h) { return (VecF)(__builtin_convertvector(h, VecU) << 16); }
 
+#if defined(FIF_BF16_DOT)
+// Which the instruction that rounds to bf16 takes for zeros.
+FIF_INLINE __mmask16 subnormal_lanes(VecF v) {
+  constexpr int kSubnormal = 0x20;
+  return _mm512_fpclass_ps_mask((__m512)v, kSubnormal);
+}
+#endif
+
 FIF_INLINE HalfU::type narrow_bf16(VecF v) {
 #if defined(FIF_BF16_DOT)
-  constexpr int kSubnormal = 0x20;  // which the instruction takes for zeros
-  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, kSubnormal) == 0, 1))
-    return (HalfU::type)_mm512_cvtneps_pbh((__m512)v);
+  if (__builtin_expect(subnormal_lanes(v) == 0, 1)) return (HalfU::type)_mm512_cvtneps_pbh((__m512)v);
 #endif
   VecU u = (VecU)v;
   VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -291,8 +297,7 @@ constexpr bool kRoundsQuickly<bf16> = true;
 template <class Exact>
 FIF_INLINE void store_quickly(bf16* p, VecF v, Mask m, Exact, LaneMask& small) {
   if constexpr (Exact::value) return store(p, v, m);
-  constexpr int kSubnormal = 0x20;
-  small = _kor_mask16(small, _mm512_fpclass_ps_mask((__m512)v, kSubnormal));
+  small = _kor_mask16(small, subnormal_lanes(v));
   store_bits(&p->bits, (HalfU::type)_mm512_cvtneps_pbh((__m512)v), m);
 }
 #endif
