@@ -219,19 +219,21 @@ Tensor infer(const Tensor& x, const OptionalTensor& primary_weight, const Tensor
   return out;
 }
 
-// running = (1 - momentum) * running + momentum * (batch + bias), in the running statistic's own dtype
-void update_running(const OptionalTensor& running, const Tensor& batch, const OptionalTensor& bias, double momentum) {
+// running = (1 - momentum) * running + momentum * (batch + bias), in the running statistic's own dtype; `batch` is of
+// the compute type of x.
+void update_running(const Tensor& x, const OptionalTensor& running, const void* batch, const OptionalTensor& bias,
+                    double momentum) {
   if (!running || momentum == 0.0) return;
-  const ScalarType type = batch.scalar_type();
+  const ScalarType type = compute_type(x);
   auto as_batch = [&](const Tensor& t) { return dense(t.scalar_type() == type ? t : torch::stable::to(t, type)); };
   const Tensor before = as_batch(*running), offset = bias ? as_batch(*bias) : before;
-  const Tensor fresh = new_tensor(batch, {batch.numel()}, type);
+  const int64_t channels = before.numel();
+  const Tensor fresh = new_tensor(before, {channels}, type);
   auto update = [&](auto* to) {
     using A = std::remove_pointer_t<decltype(to)>;
-    const A *old = static_cast<const A*>(before.const_data_ptr()),
-            *from = static_cast<const A*>(batch.const_data_ptr()),
+    const A *old = static_cast<const A*>(before.const_data_ptr()), *from = static_cast<const A*>(batch),
             *plus = static_cast<const A*>(offset.const_data_ptr());
-    for (int64_t i = 0; i < batch.numel(); ++i)
+    for (int64_t i = 0; i < channels; ++i)
       to[i] = (1 - momentum) * old[i] + momentum * (from[i] + (bias ? plus[i] : 0));
   };
   if (type == ScalarType::Double)
@@ -299,12 +301,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train(
   }
   cpu_kernels().train(p, args, cpu_threads(p, kTrainingShare));
   if (batch1) {
-    update_running(mean1, torch::stable::select(stats1, 0, 0), std::nullopt, momentum1);
-    update_running(var1, fresh1, std::nullopt, momentum1);
+    update_running(x, mean1, args.primary_stats, std::nullopt, momentum1);
+    update_running(x, var1, args.primary_variance, std::nullopt, momentum1);
   }
   if (batch2) {
-    update_running(mean2, torch::stable::select(stats2, 0, 0), cheap_bias, momentum2);
-    update_running(var2, fresh2, std::nullopt, momentum2);
+    update_running(x, mean2, args.cheap_stats, cheap_bias, momentum2);
+    update_running(x, var2, args.cheap_variance, std::nullopt, momentum2);
   }
   return {out, raw, stats1, stats2};
 }
@@ -403,8 +405,8 @@ std::tuple<Tensor, Tensor, Tensor> strided_train(const Tensor& x, const Tensor& 
                          .stats = stats.mutable_data_ptr(),
                          .variance = variance.mutable_data_ptr()};
   cpu_kernels().strided_train(p, args, cpu_threads(p, kTrainingShare / 4));
-  update_running(mean, torch::stable::select(stats, 0, 0), std::nullopt, momentum);
-  update_running(var, variance, std::nullopt, momentum);
+  update_running(x, mean, args.stats, std::nullopt, momentum);
+  update_running(x, var, args.variance, std::nullopt, momentum);
   return {out, raw, stats};
 }
 

@@ -35,7 +35,7 @@ class Options(NamedTuple):
 
     def operator(self, name: str) -> Any:
         """infer, train or backward of the backend that was chosen."""
-        return getattr(getattr(torch.ops, self.namespace), name)
+        return getattr(getattr(torch.ops, self.namespace), name).default
 
 
 class FusedUnit(torch.autograd.Function):
@@ -99,18 +99,20 @@ class FusedUnit(torch.autograd.Function):
             groups=options.groups,
             tf32=options.tf32,
         )
+        grad_weight1, grad_bias1 = norm1.unbind()
+        grad_weight2, grad_bias2 = norm2.unbind()
         return (
             grad_x if need[0] else None,
             grad_w1 if need[1] else None,
             grad_w2 if need[2] else None,
             _bias_gradient(primary_bias, norm1, stats1, weight1, ctx.normed[0], options.batch[0]) if need[3] else None,
             _bias_gradient(cheap_bias, norm2, stats2, weight2, ctx.normed[1], options.batch[1]) if need[4] else None,
-            norm1[0].to(weight1.dtype) if need[5] else None,
-            norm1[1].to(bias1.dtype) if need[6] else None,
+            grad_weight1.to(weight1.dtype) if need[5] else None,
+            grad_bias1.to(bias1.dtype) if need[6] else None,
             None,
             None,
-            norm2[0].to(weight2.dtype) if need[9] else None,
-            norm2[1].to(bias2.dtype) if need[10] else None,
+            grad_weight2.to(weight2.dtype) if need[9] else None,
+            grad_bias2.to(bias2.dtype) if need[10] else None,
             None,
             None,
             None,

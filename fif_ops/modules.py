@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import backends, functional, ops
 from .chain import Chain
 from .direct import direct_call
-from .prepared import PreparedCall, can_prepare
+from .prepared import PreparedCall, PreparedTraining, prepare
 from .reference import ACTIVATIONS, FeatureAugment, Norm, SharedConv2d
 
 
@@ -28,7 +28,7 @@ class FusedFiF(FeatureAugment):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._prepared: PreparedCall | None = None
+        self._prepared: PreparedCall | PreparedTraining | None = None
         kinds: list[type[nn.Module]] = [nn.BatchNorm2d]
         if self.activation is not None:
             kinds.append(ACTIVATIONS[self.activation])
@@ -68,7 +68,7 @@ class FusedFiF(FeatureAugment):
             raise
         if not recorded:
             given = (x, primary_weight, cheap_weight, primary_bias, cheap_bias)
-            self._prepared = PreparedCall.of_unit(self, call) if can_prepare(call, given) else None
+            self._prepared = prepare(self, call, given)
         return call()
 
     def lower(self, chain: Chain, value: int) -> int:

@@ -1,9 +1,10 @@
-"""Calls in evaluation, kept: all but x was checked at an earlier one, and must only be found unchanged.
+"""Calls, kept: all but x was checked at an earlier one, and must only be found unchanged.
 
 On small maps the time of a call is the time of its checks. What they led to (the operator and its arguments) stays
 valid while the module holds the same submodules, parameters, buffers and settings. Values may change at any time and in
-ways that leave no trace: either the operator reads the parameters afresh at every call, or it runs a chain of stages,
-packed before (chain.py), and first compares a hash of the parameters with that of what was packed.
+ways that leave no trace: in training the operator reads the parameters afresh at every call; in evaluation it does
+that, or it runs a chain of stages, packed before (chain.py), and first compares a hash of the parameters with that of
+what was packed.
 """
 
 from __future__ import annotations
@@ -15,23 +16,31 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, ops
-from .autograd import Convolutions
+from .autograd import Convolutions, FusedUnit
 from .chain import Chain
 from .direct import direct_call
-from .functional import Call
+from .functional import Call, wants_gradients
 from .unchanged import Unchanged
 
 _follow, _fingerprint = ops.at_once("follow"), ops.at_once("fingerprint")
 
 
-def can_prepare(call: Call, given: Convolutions) -> bool:
-    """Whether a call depends on nothing that a ``PreparedCall`` does not see; ``given``: what the unit itself holds."""
+def prepare(unit: nn.Module, call: Call, given: Convolutions) -> PreparedCall | PreparedTraining | None:
+    """What the unit may keep of a call, None if it depends on more; ``given``: convolutions that it holds itself."""
     options = call.options
-    if options is None or call.wants_grad or any(options.batch) or backends.wanted(None) is not None:
-        return False
+    if options is None or backends.wanted(None) is not None:
+        return None
     if call.convolutions[0].is_cuda and call.convolutions[0].dtype == torch.float32:
-        return False  # tf32 follows a switch of torch
-    return all(used is held for used, held in zip(call.convolutions, given, strict=True))
+        return None  # tf32 follows a switch of torch
+    if not all(used is held for used, held in zip(call.convolutions, given, strict=True)):
+        return None
+    if call.wants_grad:
+        if options.namespace != "fif_ops" or call.convolutions[0].dtype == torch.bfloat16:
+            return None  # training in bfloat16 has two ways, and which is faster depends on x
+        # Without a momentum the statistics are a mean over all batches, which gives every call another one.
+        lasting = all(n.momentum is not None for n in unit.modules() if isinstance(n, nn.BatchNorm2d))
+        return PreparedTraining(unit, call) if lasting else None
+    return None if any(options.batch) else PreparedCall.of_unit(unit, call)
 
 
 class PreparedCall:
@@ -60,9 +69,9 @@ class PreparedCall:
         """The call of a unit. Where two calls find the same values, the next ones run them as a chain."""
         x, *convolutions = call.convolutions
         options = call.options
-        assert options is not None  # can_prepare
+        assert options is not None  # prepare
         prepared = cls(unit, x.device)
-        prepared.operator, prepared.dtype = options.operator("infer").default, x.dtype
+        prepared.operator, prepared.dtype = options.operator("infer"), x.dtype
         prepared.arguments = (*convolutions, *call.norms, *options.eps, options.out_channels, options.activation_code,
                               options.splice)  # fmt: skip
         if (options.stride, options.groups) != (1, 1):  # every argument costs time
@@ -109,6 +118,51 @@ class PreparedCall:
                 self._follow(before)
         y = self.operator(x, *self.arguments, **self.options)
         return y.flatten(1) if self.flat else y
+
+
+class PreparedTraining:
+    """The same of a call that autograd records.
+
+    Raises RuntimeError where a parameter does not fit any more.
+    """
+
+    __slots__ = ("arguments", "channels", "choices", "counters", "device", "dtype", "parameters", "unchanged")
+
+    def __init__(self, unit: nn.Module, call: Call) -> None:
+        x, *convolutions = call.convolutions
+        self.channels, self.dtype, self.device = x.shape[1], x.dtype, x.device
+        self.unchanged = Unchanged(unit)
+        self.choices = backends.tuned.choices(x.device)
+        self.arguments = (*convolutions, *call.norms, call.options)
+        self.parameters = list(unit.parameters())
+        norms = [part for part in unit.modules() if isinstance(part, nn.BatchNorm2d)]
+        counters = [n.num_batches_tracked for n in norms if n.training and n.track_running_stats]
+        self.counters = [batches for batches in counters if batches is not None]
+
+    def holds(self) -> bool:
+        """Whether the module is what it was, and so are measured choices of backends."""
+        return self.unchanged.holds() and backends.tuned.choices(self.device) is self.choices
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the module's forward would come to this call with x, in the modes of the moment."""
+        if type(x) is not Tensor or x.dtype is not self.dtype or x.device != self.device:
+            return False
+        shape = x.shape
+        if len(shape) != 4 or shape[1] != self.channels or shape[0] * shape[2] * shape[3] < 2:
+            return False
+        if backends.wanted(None) not in (None, "cpu") or torch.is_autocast_enabled(self.device.type):
+            return False
+        return wants_gradients((x, *self.parameters))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for batches in self.counters:
+            batches.add_(1)
+        try:
+            return FusedUnit.apply(x, *self.arguments)
+        except RuntimeError:
+            for batches in self.counters:
+                batches.sub_(1)
+            raise
 
 
 def _content(tensors: list[Tensor]) -> int | None:

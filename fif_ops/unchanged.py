@@ -18,7 +18,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _SETTINGS = {
     "splice": ("out_channels", "activation", "splice", "shared", "stride", "padding", "groups"),
     "padding_mode": ("stride", "padding", "dilation", "groups", "padding_mode"),
-    "eps": ("eps",),
+    "eps": ("eps", "momentum", "track_running_stats"),
     "approximate": ("approximate",),
     "output_size": ("output_size",),
 }

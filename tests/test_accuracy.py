@@ -239,7 +239,7 @@ def test_every_number_of_maps(layout, splice):
 @both_layouts
 def test_every_cut_of_the_output(layout, dtype):
     """Odd out_channels: cheap maps that are computed in part, or not at all."""
-    for ratio, splice in ((2, True), (3, True), (5, True), (1, False), (3, False)):
+    for ratio, splice in ((2, True), (3, True), (5, True), (8, True), (9, True), (1, False), (3, False)):
         for out_channels in range(1, 23):
             chosen = problem(
                 out_channels=out_channels, ratio=ratio, splice=splice, placement=layout, height=4, width=3, batch=3

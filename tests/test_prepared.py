@@ -1,4 +1,4 @@
-"""What a unit in evaluation keeps between calls never outlives what it was made from."""
+"""What a unit keeps between calls never outlives what it was made from."""
 
 import copy
 import pickle
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fif_ops import FeatureAugment, FusedFiF, backends, ops
+from fif_ops.prepared import PreparedTraining
 
 pytestmark = [
     pytest.mark.skipif(not ops.LOADED, reason="needs the compiled kernels"),
@@ -285,3 +286,104 @@ def test_packed_weights_are_found_by_content_alone():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+# ---- training
+
+
+def training_pair(**kwargs):
+    """A fused unit that has kept its call in training, and the plain unit with the same values."""
+    torch.manual_seed(0)
+    plain = FeatureAugment(6, 20, activation="silu", **kwargs).train()
+    fused = FusedFiF.from_reference(plain)
+    train_alike(fused, plain)
+    assert isinstance(fused._prepared, PreparedTraining)
+    return fused, plain
+
+
+def train_alike(fused, plain, x=X):
+    """A step of both: results, gradients, statistics and counters agree."""
+    upstream = torch.linspace(-1, 1, x.numel() // x.shape[1] * 20)
+    results = []
+    for unit in (fused, plain):
+        given = x.detach().requires_grad_()
+        out = unit(given)
+        wanted = [given, *(p for p in unit.parameters() if p.requires_grad)]
+        gradients = torch.autograd.grad(out, wanted, upstream.to(out.dtype).view_as(out), allow_unused=True)
+        results.append([out, *gradients, *(b.clone() for b in unit.buffers())])
+    assert [r is None for r in results[0]] == [r is None for r in results[1]]
+    for ours, theirs in zip(*results, strict=True):
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+
+
+def change_momentum(unit):
+    unit.cheap_operation[1].momentum = 0.7
+
+
+def mean_of_all_batches(unit):
+    unit.primary_conv[1].momentum = None
+
+
+def freeze_a_weight(unit):
+    unit.cheap_operation[0].weight.requires_grad_(False)
+
+
+def norm_in_evaluation(unit):
+    unit.primary_conv[1].eval()
+
+
+def stop_tracking(unit):
+    unit.cheap_operation[1].track_running_stats = False
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        scale_data, scale_in_place, swap_two, replace_parameter, point_elsewhere, move_statistics, replace_buffer, load,
+        change_eps, other_activation, append, drop_norm, hook, change_momentum, mean_of_all_batches, freeze_a_weight,
+        norm_in_evaluation, stop_tracking, lambda unit: unit.double(),
+    ],
+    ids=lambda change: change.__name__,
+)  # fmt: skip
+def test_every_change_takes_effect_in_training(change):
+    fused, plain = training_pair()
+    for unit in (fused, plain):
+        change(unit)
+    x = X.to(fused.primary_conv[0].weight.dtype)
+    for _ in range(3):
+        train_alike(fused, plain, x)
+
+
+def test_training_on_other_inputs_and_in_other_modes():
+    fused, plain = training_pair()
+    for x in (X[:1], X, X.contiguous(memory_format=torch.channels_last), X[:, :, ::2], torch.randn(3, 6, 9, 1), X):
+        train_alike(fused, plain, x)
+        train_alike(fused, plain, x)
+    kept = fused._prepared
+    with torch.no_grad():
+        assert not kept.takes(X)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not kept.takes(X)
+    with backends.use("reference"):
+        assert not kept.takes(X)
+    for p in fused.parameters():
+        p.requires_grad_(False)
+    assert not kept.takes(X)
+    assert kept.takes(X.clone().requires_grad_())
+    with torch.no_grad():
+        torch.testing.assert_close(fused.eval()(X), plain.eval()(X), rtol=1e-4, atol=1e-5)
+
+
+def test_calls_that_fail_in_training_are_not_counted():
+    fused, _ = training_pair()
+    before = fused.primary_conv[1].num_batches_tracked.item()
+    with pytest.raises(ValueError, match="more than 1 value"):
+        fused(X[:1, :, :1, :1])
+    with pytest.raises(TypeError, match="must be the same"):
+        fused(X.double())
+    fused.primary_conv[0].weight.data = fused.primary_conv[0].weight.data.double()
+    with pytest.raises(TypeError):
+        fused(X)
+    assert fused.primary_conv[1].num_batches_tracked.item() == before
+    assert fused.cheap_operation[1].num_batches_tracked.item() == before
