@@ -41,6 +41,10 @@ struct Header {
 };
 static_assert(sizeof(Header) == kAlignment);
 
+// Of packed constants (csrc/cpu/packed.h): raised whenever they lie otherwise, so that a network that was frozen before
+// and kept in a file is refused.
+constexpr int64_t kLayout = 2;
+
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
@@ -112,7 +116,7 @@ Header header_of(const Problem& p, bool plain) {
   header.channels = p.in_channels;
   header.primary = p.primary;
   header.kernels = ((p.multiplier << 8 | p.kernel) << 8 | p.primary_kernel) << 8 | p.depthwise_kernel;
-  header.dtype = static_cast<int64_t>(p.dtype) << 1 | p.channels_last;
+  header.dtype = (kLayout << 8 | static_cast<int64_t>(p.dtype)) << 1 | p.channels_last;
   header.bytes = aligned(cpu_kernels().packed_bytes(p));
   header.plain_bytes = plain ? Plain(p).at[Plain::kParts] : 0;
   return header;
@@ -218,9 +222,10 @@ struct Constants {
       STD_TORCH_CHECK(std::strcmp(found.instruction_set, wanted.instruction_set) == 0, "the network was frozen for ",
                       found.instruction_set, " and this process uses ", wanted.instruction_set,
                       ": freeze it here, or set FIF_OPS_CPU_ISA");
-      STD_TORCH_CHECK(std::memcmp(&found, &wanted, sizeof found) == 0 &&
-                          wanted.bytes + wanted.plain_bytes <= bytes - kAlignment - offset,
-                      "the constants do not belong to the program, or not to x's dtype");
+      STD_TORCH_CHECK(
+          std::memcmp(&found, &wanted, sizeof found) == 0 &&
+              wanted.bytes + wanted.plain_bytes <= bytes - kAlignment - offset,
+          "the constants do not belong to the program, or not to x's dtype, or another version packed them");
       headers.emplace_back(offset, wanted);
       data = offset + kAlignment;
       plain = has_plain ? data + wanted.bytes : kNone;
