@@ -18,6 +18,9 @@ needs_kernels = pytest.mark.skipif(not ISAS, reason="the package was installed w
 
 # A compact part of test_accuracy.py: all layouts, formats, kernel sizes and activations, forward and backward.
 COMPACT = "random or every or nan_and or halo or large_maps or frozen or slopes or kinked"
+# These are the same code, but for products of bfloat16: beside one of them the others are tested for that.
+WIDE = {"avx512", "avx512bf16", "amx"}
+IN_16_BITS = "16_bit or every_format_and_layout"
 # As much as the sanitizers' slowness allows.
 SANITIZED = "every_format_and_layout or every_depth"
 
@@ -78,7 +81,7 @@ def test_the_list_is_what_the_processor_reports():
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != ops.CPU_ISA])
 def test_every_other_instruction_set(isa):
     """That of this process has the whole of test_accuracy.py."""
-    done = run_tests(isa, COMPACT)
+    done = run_tests(isa, IN_16_BITS if {isa, ops.CPU_ISA} <= WIDE else COMPACT)
     assert done.returncode == 0, report(done)
 
 
