@@ -128,6 +128,45 @@ def test_what_is_in_use_is_told():
     assert "baseline" in done.stdout
 
 
+# x ends where memory that may be read ends: sanitizers do not see what masked loads and tile registers read.
+AT_THE_END = """
+import ctypes, mmap, torch
+from fif_ops import FusedFiF, freeze
+
+def at_the_end(shape, dtype, last):
+    count = torch.Size(shape).numel()
+    size, page = count * dtype.itemsize, mmap.PAGESIZE
+    readable = -(size // -page) * page
+    area = mmap.mmap(-1, readable + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + readable), page, 0) == 0
+    flat = torch.frombuffer(area, dtype=dtype, count=count, offset=readable - size)
+    b, c, h, w = shape
+    return (flat.view(b, h, w, c).permute(0, 3, 1, 2) if last else flat.view(shape)).normal_()
+
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for *shape, maps in ((1, 32, 345, 3, 16), (2, 9, 345, 3, 16), (3, 33, 7, 7, 20), (1, 5, 1, 1, 3), (1, 70, 14, 13, 40)):
+        for last in (False, True):
+            x = at_the_end(shape, dtype, last)
+            for kernel in (1, 3):
+                unit = FusedFiF(shape[1], 2 * maps, kernel_size=kernel).to(dtype)
+                with torch.no_grad():
+                    y = freeze(unit.eval())(x)
+                    assert torch.equal(y, freeze(unit)(x.clone())) and y.isfinite().all()
+                if x.numel() > shape[1]:
+                    unit.train()(x.requires_grad_()).sum().backward()
+"""
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect is Linux's here")
+@pytest.mark.parametrize("isa", ISAS)
+def test_nothing_is_read_behind_x(isa):
+    done = python("-c", AT_THE_END, FIF_OPS_CPU_ISA=isa, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, (done.returncode, report(done))
+
+
 # ---- sanitizers
 
 LIBRARY = ROOT / "build/sanitize/_C.so"
