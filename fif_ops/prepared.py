@@ -43,19 +43,32 @@ def prepare(unit: nn.Module, call: Call, given: Convolutions) -> PreparedCall | 
     return None if any(options.batch) else PreparedCall.of_unit(unit, call)
 
 
-class PreparedCall:
+class _Kept:
+    """What was found out about a module, on one device."""
+
+    __slots__ = ("choices", "device", "unchanged")
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.device = device
+        self.unchanged = Unchanged(module)
+        self.choices = backends.tuned.choices(device)
+
+    def holds(self) -> bool:
+        """Whether the module is what it was, and so are measured choices of backends."""
+        return self.unchanged.holds() and backends.tuned.choices(self.device) is self.choices
+
+
+class PreparedCall(_Kept):
     """The operator call that a module's forward came to, without x.
 
     Raises RuntimeError where x does not fit, or the parameters have other values than those that were packed.
     """
 
-    __slots__ = ("arguments", "backends", "choices", "content", "device", "dtype", "flat", "module", "operator",
-                 "options", "unchanged")  # fmt: skip
+    __slots__ = ("arguments", "backends", "content", "dtype", "flat", "module", "operator", "options")
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.module, self.device = module, device
-        self.unchanged = Unchanged(module)
-        self.choices = backends.tuned.choices(device)
+        super().__init__(module, device)
+        self.module = module
         self.operator: Any = None
         self.arguments: tuple[Any, ...] = ()
         self.options: Mapping[str, Any] = {}
@@ -100,10 +113,6 @@ class PreparedCall:
         self.backends = (None, "cpu")
         self.arguments = (*program[:2], self.unchanged.numbers(), content, *program[2:4])
 
-    def holds(self) -> bool:
-        """Whether the module is what it was, and so are measured choices of backends."""
-        return self.unchanged.holds() and backends.tuned.choices(self.device) is self.choices
-
     def takes(self, x: Tensor) -> bool:
         """Whether the module's forward would come to this call with x, in the modes of the moment."""
         if torch.is_grad_enabled() or x.dtype is not self.dtype or x.device != self.device:
@@ -120,28 +129,23 @@ class PreparedCall:
         return y.flatten(1) if self.flat else y
 
 
-class PreparedTraining:
+class PreparedTraining(_Kept):
     """The same of a call that autograd records.
 
     Raises RuntimeError where a parameter does not fit any more.
     """
 
-    __slots__ = ("arguments", "channels", "choices", "counters", "device", "dtype", "parameters", "unchanged")
+    __slots__ = ("arguments", "channels", "counters", "dtype", "parameters")
 
     def __init__(self, unit: nn.Module, call: Call) -> None:
         x, *convolutions = call.convolutions
-        self.channels, self.dtype, self.device = x.shape[1], x.dtype, x.device
-        self.unchanged = Unchanged(unit)
-        self.choices = backends.tuned.choices(x.device)
+        super().__init__(unit, x.device)
+        self.channels, self.dtype = x.shape[1], x.dtype
         self.arguments = (*convolutions, *call.norms, call.options)
         self.parameters = list(unit.parameters())
         norms = [part for part in unit.modules() if isinstance(part, nn.BatchNorm2d)]
         counters = [n.num_batches_tracked for n in norms if n.training and n.track_running_stats]
         self.counters = [batches for batches in counters if batches is not None]
-
-    def holds(self) -> bool:
-        """Whether the module is what it was, and so are measured choices of backends."""
-        return self.unchanged.holds() and backends.tuned.choices(self.device) is self.choices
 
     def takes(self, x: Tensor) -> bool:
         """Whether the module's forward would come to this call with x, in the modes of the moment."""
