@@ -43,7 +43,7 @@ static_assert(sizeof(Header) == kAlignment);
 
 // Of packed constants (csrc/cpu/packed.h): raised whenever they lie otherwise, so that a network that was frozen before
 // and kept in a file is refused.
-constexpr int64_t kLayout = 2;
+constexpr int64_t kLayout = 3;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 

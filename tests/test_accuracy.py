@@ -1,5 +1,6 @@
 """Results and gradients of the kernels against the definition in float64, over every kind of problem they take."""
 
+import copy
 import itertools
 import math
 
@@ -29,7 +30,7 @@ from support import (
 from torch import nn
 from torch.nn import functional as F
 
-from fif_ops import FeatureAugment, FusedFiF, Norm, feature_augment
+from fif_ops import FeatureAugment, FusedFiF, Norm, feature_augment, ops
 from fif_ops.reference import compose
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,6 +196,87 @@ def test_every_depth_of_products_in_16_bits(depth, stride):
         inner.copy_(x)
         with torch.no_grad():
             assert torch.equal(FusedFiF.from_reference(unit)(inner), FusedFiF.from_reference(unit)(x))
+
+
+# ---- products of float32 numbers in parts, where the processor multiplies bfloat16 by tiles
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"kernel_size": 3}, {"kernel_size": 3, "stride": 2}], ids=str)
+@pytest.mark.parametrize("depth", [24, 25, 31, 32, 33, 64, 65, 80, 97])
+def test_every_depth_of_products_in_parts(depth, options):
+    """Chunks of the depth, tiles of rows and of lanes, whole and in part, and blocks with one of either left over."""
+    torch.manual_seed(depth)
+    in_channels = depth if "kernel_size" not in options else depth // 5
+    for maps, height, width in ((49, 1, 1), (65, 3, 5), (97, 7, 7), (64, 4, 14), (80, 9, 17)):
+        unit = FeatureAugment(in_channels, 2 * maps, cheap_kernel_size=1, activation="relu", **options).eval()
+        for layout in ("contiguous", "channels_last"):
+            x = place(torch.randn(2, in_channels, height, width), layout)
+            check(randomise(unit), x)
+            # Beside x lie numbers that must not get into it.
+            inner = place(torch.full((2, in_channels + 3, height, width), math.nan), layout)[:, 1 : 1 + in_channels]
+            inner.copy_(x)
+            with torch.no_grad():
+                assert torch.equal(FusedFiF.from_reference(unit)(inner), FusedFiF.from_reference(unit)(x))
+
+
+@pytest.mark.parametrize("in_channels, maps, size", [(64, 64, 28), (256, 256, 7), (72, 200, 14), (384, 192, 7)])
+@both_layouts
+def test_large_products_are_as_exact_as_those_of_the_framework(layout, in_channels, maps, size):
+    torch.manual_seed(in_channels)
+    unit = randomise(FeatureAugment(in_channels, 2 * maps, activation=None)).eval()
+    x = place(torch.randn(2, in_channels, size, size).relu(), layout)
+    with torch.no_grad():
+        wanted = compose_in_float64(unit, x)
+        ours, theirs = ((run(x) - wanted).square().mean().sqrt() for run in (FusedFiF.from_reference(unit), unit))
+    # A chain of multiply-adds over the whole depth loses more than sums in blocks, as the framework's are.
+    assert ours <= (1.1 if ops.CPU_ISA == "amx" else 2.0) * theirs
+
+
+def compose_in_float64(unit, x):
+    return copy.deepcopy(unit).double()(x.double())
+
+
+@both_layouts
+def test_products_of_numbers_of_any_size(layout):
+    """Against the sum of magnitudes, which is what rounding errors are in proportion to."""
+    torch.manual_seed(7)
+    unit = FeatureAugment(70, 160, activation=None, norm=None, cheap_kernel_size=1).eval()
+    x = place(torch.randn(2, 70, 9, 17) * 10.0 ** torch.randint(-12, 13, (2, 70, 9, 17)), layout)
+    with torch.no_grad():
+        unit.primary_conv[0].weight.mul_(10.0 ** torch.randint(-12, 13, (80, 70, 1, 1)))
+        found = FusedFiF.from_reference(unit)(x)[:, :80].double()
+        weight = unit.primary_conv[0].weight.double()
+        wanted, scale = F.conv2d(x.double(), weight), F.conv2d(x.double().abs(), weight.abs())
+    assert ((found - wanted).abs() <= 2.0**-20 * scale).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"kernel_size": 3}], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu6", "silu"])
+@both_layouts
+def test_infinity_in_products_in_parts(layout, activation, options):
+    """Where a sum is not finite it is what multiply-adds make of it, and all others stay as they were."""
+    torch.manual_seed(1)
+    fields = {"activation": activation, "norm": None, "cheap_kernel_size": 1, **options}
+    unit = FeatureAugment(40, 112, **fields).eval()
+    x = place(torch.randn(2, 40, 6, 17), layout)
+    with torch.no_grad():
+        clean = FusedFiF.from_reference(unit)(x)
+        for bad in (math.inf, -math.inf, math.nan, 3.4e38):
+            with_bad = x.clone()
+            with_bad[0, 3, 2, 5] = with_bad[1, 39, 5, 16] = bad
+            found = FusedFiF.from_reference(unit)(with_bad)
+            wanted = unit(with_bad.contiguous())
+            # Pixels that no bad number reaches.
+            free = F.max_pool2d((with_bad != x).amax(1, keepdim=True).float(), 3, 1, 1).expand_as(found) == 0
+            assert torch.equal(found[free], clean[free])
+            for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+                assert torch.equal(kind(found), kind(wanted)), (bad, kind)
+        unit.primary_conv[0].weight[5, 7] = math.inf
+        found, wanted = FusedFiF.from_reference(unit)(x), unit(x.contiguous())
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(found), kind(wanted)), kind
+        others = [m for m in range(112) if m not in (5, 61)]
+        assert torch.equal(found[:, others], clean[:, others])
 
 
 @both_layouts

@@ -42,8 +42,8 @@ class ChannelWise {
   const int64_t out_height, out_width;
 
  public:
-  ChannelWise(const Problem& problem, const InferArgs& args)
-      : p(problem), a(args), blocks(p), constants(p, a.packed),
+  ChannelWise(const Problem& problem, const InferArgs& args, int64_t threads)
+      : p(problem), a(args), blocks(p, threads), constants(p, a.packed),
         primary(p, a, constants, direct() && sizeof(T) == sizeof(A)),
         halo(max_of<int64_t>(P, p.depthwise_kernel / 2 * 2)), rows(tile()),
         out_height((p.height - 1) / p.depthwise_stride + 1), out_width((p.width - 1) / p.depthwise_stride + 1) {}
@@ -310,7 +310,8 @@ void pack(const Problem& p, const InferArgs& a, void* to) {
 void infer_channels(const Problem& p, const InferArgs& a, const Threads& threads) {
   with_format(p.dtype, [&](auto format) {
     with_kernel_size(
-        p.kernel, [&](auto k) { ChannelWise<typename decltype(format)::type, decltype(k)::value>(p, a).run(threads); });
+        p.kernel, [&](auto k) { ChannelWise<typename decltype(format)::type, decltype(k)::value>(p, a, threads.count).run(threads);
+    });
   });
 }
 

@@ -10,12 +10,6 @@
 
 namespace fif::FIF_ISA {
 
-// A number as a type.
-template <int Value>
-struct Constant {
-  static constexpr int value = Value;
-};
-
 // Outputs of one block: as many sums as the registers hold beside the taps. f64 serves proofs, not speed: one.
 template <class A, int K>
 constexpr int kBlock = sizeof(A) == 8 ? 1

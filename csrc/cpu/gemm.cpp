@@ -155,9 +155,6 @@ struct Tiles {
   constexpr Tiles() { fill<1, 1>(); }
 };
 
-// As few blocks as the largest allows, as even as possible.
-FIF_INLINE int64_t even_block(int64_t total, int64_t largest) { return ceil_div(total, ceil_div(total, largest)); }
-
 }  // namespace
 
 template <class A, class B, class C>
@@ -186,123 +183,6 @@ void gemm(const Gemm<A, B, C>& g) {
     for (int64_t i = 0; i < g.rows; i += height) tile[min_of(height, g.rows - i) - 1](g, i, v * L, last);
   }
 }
-
-#if defined(__AMX_BF16__)
-namespace {
-
-// Up to two by two tiles of sums, of 16 pixels from rows at[0], at[1] on, and of vectors v, v + 1 of the channels. Four
-// loads for four products: the loads hide behind them.
-struct TileBlock {
-  int64_t at[2] = {}, v = 0;
-  int rows = 0, vectors = 0;
-};
-
-// The sums of a block, on their way from the tile registers to their place.
-class TileSums {
- public:
-  TileSums(const TileProduct& product, int pixels) : g(product), pixels_(pixels), clamp_(g.activation) {}
-
-  void take(TileRegisters& tiles, const TileBlock& b) {
-    tiles.store<kSums>(sums_[0], kTileBytes);
-    if (b.vectors == 2) tiles.store<kSums + 1>(sums_[1], kTileBytes);
-    if (b.rows == 2) tiles.store<kSums + 2>(sums_[2], kTileBytes);
-    if (b.rows == 2 && b.vectors == 2) tiles.store<kSums + 3>(sums_[3], kTileBytes);
-    block_ = b;
-    placed_ = 0;
-  }
-  int count() const { return block_.rows * block_.vectors; }
-  // As many tiles that so many in all are at their place.
-  FIF_INLINE void place(int upto) {
-    for (; placed_ < upto; ++placed_) {
-      if (is_clamp(g.activation))
-        place_next([clamp = clamp_](VecF v) { return clamp(v); });
-      else
-        place_next([kind = g.activation](VecF v) { return smooth_value<float>(v, kind); });
-    }
-  }
-
- private:
-  template <class Activate>
-  FIF_INLINE void place_next(Activate activate) const {
-    const int r = placed_ / block_.vectors, j = placed_ % block_.vectors;
-    const int64_t step = g.c_row, channel = (block_.v + j) * kTileSide;
-    const VecF scale = load(g.scale + channel), shift = load(g.shift + channel);
-    float* c = g.c + block_.at[r] * step + channel;
-    const float* sums = sums_[2 * r + j][0];
-    auto one = [&]() __attribute__((always_inline)) {
-      store(c, activate(load(sums) * scale + shift));
-      c += step;
-      sums += kTileSide;
-    };
-    if (pixels_ == kTileSide) {
-      FIF_UNROLL for (int i = 0; i < kTileSide; ++i) {
-        one();
-        asm("" : "+r"(c));
-      }
-    } else {
-      for (int i = 0; i < pixels_; ++i) one();
-    }
-  }
-
-  alignas(64) float sums_[4][kTileSide][kTileSide];
-  const TileProduct& g;
-  TileBlock block_;
-  int placed_ = 0;
-  const int pixels_;
-  const Clamp<float> clamp_;
-};
-
-// Between the products of a block the sums of the one before it go to their place: the processor looks ahead over some
-// products, but not over all that a block's sums need.
-template <int Rows, int Vectors>
-FIF_INLINE void multiply(TileRegisters& tiles, const TileProduct& g, const TileBlock& b, TileSums& before) {
-  const bf16 *first = g.a + b.at[0] * g.a_row, *second = g.a + b.at[1] * g.a_row;
-  const int64_t pairs = g.chunk / 2 * kTileSide, vector = g.chunks * pairs, row = g.a_row * 2;
-  const bf16_pair* weights = g.b + b.v * vector;
-  const int64_t count = before.count();
-  tiles.zero<kSums>();
-  if constexpr (Vectors == 2) tiles.zero<kSums + 1>();
-  if constexpr (Rows == 2) tiles.zero<kSums + 2>();
-  if constexpr (Rows == 2 && Vectors == 2) tiles.zero<kSums + 3>();
-  for (int64_t k = 0; k < g.chunks; ++k, first += g.chunk, second += g.chunk, weights += pairs) {
-    tiles.load<kPixels>(first, row);
-    tiles.load<kWeights>(weights, kTileBytes);
-    tiles.multiply_add<kSums, kPixels, kWeights>();
-    if constexpr (Rows == 2) {
-      tiles.load<kPixels + 1>(second, row);
-      tiles.multiply_add<kSums + 2, kPixels + 1, kWeights>();
-    }
-    if constexpr (Vectors == 2) {
-      tiles.load<kWeights + 1>(weights + vector, kTileBytes);
-      tiles.multiply_add<kSums + 1, kPixels, kWeights + 1>();
-    }
-    if constexpr (Rows == 2 && Vectors == 2) tiles.multiply_add<kSums + 3, kPixels + 1, kWeights + 1>();
-    before.place(static_cast<int>(min_of<int64_t>(count, (k + 1) * ceil_div(count, g.chunks))));
-  }
-}
-
-}  // namespace
-
-void gemm(const TileProduct& g, TileRegisters& tiles) {
-  const int pixels = static_cast<int>(min_of<int64_t>(kTileSide, g.rows));
-  tiles.shape(TileShapes(pixels, static_cast<int>(g.chunk)));
-  TileSums sums(g, pixels);
-  for (int64_t i = 0; i < g.rows; i += 2 * kTileSide)
-    for (int64_t v = 0; v < g.vectors; v += 2) {
-      // A tile that would be cut off begins earlier instead, and some sums are computed twice.
-      const TileBlock b{.at = {min_of(i, g.rows - pixels), min_of(i + kTileSide, g.rows - pixels)},
-                        .v = v,
-                        .rows = i + kTileSide < g.rows ? 2 : 1,
-                        .vectors = v + 1 < g.vectors ? 2 : 1};
-      if (b.vectors == 2)
-        b.rows == 2 ? multiply<2, 2>(tiles, g, b, sums) : multiply<1, 2>(tiles, g, b, sums);
-      else
-        b.rows == 2 ? multiply<2, 1>(tiles, g, b, sums) : multiply<1, 1>(tiles, g, b, sums);
-      sums.take(tiles, b);
-    }
-  sums.place(sums.count());
-}
-#endif
 
 #define FIF_GEMM(A, B, C) template void gemm<A, B, C>(const Gemm<A, B, C>&);
 FIF_GEMM(float, float, float)

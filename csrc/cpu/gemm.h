@@ -11,7 +11,6 @@
 #pragma once
 
 #include "activation.h"
-#include "tiles.h"
 
 namespace fif::FIF_ISA {
 
@@ -43,23 +42,10 @@ struct Gemm {
 // The most rows that one tile holds; callers cut their channels into even blocks of at most this.
 constexpr int kTileRows = kRegisters == 32 ? 12 : 6;
 
+// As few blocks as the largest allows, as even as possible.
+FIF_INLINE int64_t even_block(int64_t total, int64_t largest) { return ceil_div(total, ceil_div(total, largest)); }
+
 template <class A, class B, class C>
 void gemm(const Gemm<A, B, C>& g);
-
-// The same by tiles, for bf16 channels_last maps: by column, with b [vectors, chunks * chunk / 2, lanes] pairs along
-// the depth. Lanes beyond the last channel must be there, in b, c, scale and shift alike.
-struct TileProduct {
-  const bf16* a;
-  int64_t a_row;
-  const bf16_pair* b;
-  int64_t chunks, chunk;  // of the depth: how many, and numbers of each
-  float* c;
-  int64_t c_row;
-  int64_t rows, vectors;
-  const float* scale;
-  const float* shift;
-  Activation activation;
-};
-void gemm(const TileProduct& g, TileRegisters& tiles);
 
 }  // namespace fif::FIF_ISA

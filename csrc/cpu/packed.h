@@ -3,7 +3,7 @@
 #pragma once
 
 #include "pass.h"
-#include "tiles.h"
+#include "tile_gemm.h"
 
 namespace fif::FIF_ISA {
 
@@ -14,6 +14,16 @@ struct ChannelBlock {
 
 // Whether the product takes bf16 numbers as they lie in x: by tiles, or in pairs.
 inline bool tiled(const Problem& p) { return kTiles && p.dtype == Dtype::bf16 && p.channels_last; }
+// Whether it takes f32 numbers in parts, by tiles. For short sums or few channels, taking x apart costs what the tiles
+// save, and so does turning planes of x by 90 degrees.
+inline bool in_parts(const Problem& p) {
+  constexpr int64_t kShort = 24, kFew = 48;
+  if (!kTiles || p.dtype != Dtype::f32 || !p.has_primary || p.depth() < kShort || p.primary <= kFew) return false;
+  return p.channels_last || p.primary_kernel > 1 || p.in_channels <= 2 * p.primary;
+}
+inline PartChunks part_chunks(const Problem& p) {
+  return {p.primary_kernel, int64_t(p.primary_kernel) * p.in_channels};
+}
 inline bool paired(const Problem& p) { return kBf16Dot && !kTiles && p.dtype == Dtype::bf16 && p.channels_last; }
 
 // The channels of a unit in blocks of whole vectors, as few and as even as may be.
@@ -22,7 +32,8 @@ struct Blocks {
   static constexpr int kVectors = 3, L = kLanes<A>;
   const int64_t vectors, count;
 
-  explicit Blocks(const Problem& p) : vectors(ceil_div(p.primary, L)), count(number(tiled(p))) {}
+  explicit Blocks(const Problem& p, int64_t threads = 1)
+      : vectors(ceil_div(p.primary, L)), count(in_parts(p) ? few(threads) : number(tiled(p))) {}
   ChannelBlock operator[](int64_t i) const {
     const int64_t from = i * vectors / count * L;
     return {from, (i + 1) * vectors / count * L - from};
@@ -30,6 +41,11 @@ struct Blocks {
   int64_t most() const { return ceil_div(vectors, count) * L; }  // channels of the widest
 
  private:
+  // In parts, whose constants lie the same however they are cut, x is taken apart for every block.
+  int64_t few(int64_t threads) const {
+    const int64_t least = ceil_div(vectors, 4 * kVectors);
+    return min_of(ceil_div(least, threads) * threads, ceil_div(vectors, 2));
+  }
   int64_t number(bool tiled) const {
     // Four vectors at once, where the registers hold six pixels of them, want fewer loads than two times two.
     if (kRegisters == 32 && vectors == 4) return 1;
@@ -53,20 +69,23 @@ class Constants {
   const Problem& p;
   const Blocks<A> blocks;
   const int64_t depth, padded;  // depth: of the product, 0 without one
-  const int64_t lines;          // of numbers, or of pairs, for a vector of channels
+  const int64_t lines;          // of numbers, or of pairs, for a channel
   const int64_t taps, depthwise_taps;
   A* const data;
 
  public:
   Constants(const Problem& problem, const void* memory)
       : p(problem), blocks(p), depth(p.has_primary ? p.depth() : 0), padded(blocks.vectors * L),
-        lines(tiled(p) ? TileChunks(depth).width() / 2 : depth), taps(int64_t(p.kernel) * p.kernel),
+        lines(tiled(p)          ? TileChunks(depth).width() / 2
+                  : in_parts(p) ? part_chunks(p).stream() / kTileDepth
+                                : depth),
+        taps(int64_t(p.kernel) * p.kernel),
         depthwise_taps(int64_t(p.depthwise_kernel) * p.depthwise_kernel),
         data(static_cast<A*>(const_cast<void*>(memory))) {}
 
   int64_t bytes() const { return (depthwise(padded, 0) - primary(0)) * int64_t(sizeof(A)); }
   // [depth, width of the block that begins at channel m]; where they are paired, [ceil(depth / 2), width] pairs; for
-  // tiles [vectors of the block, pairs of all chunks, L]
+  // tiles [vectors of the block, pairs of all chunks, L], in parts as tile_gemm.h has them
   A* primary(int64_t m) const { return data + m * lines; }
   A* scale(int64_t m) const { return primary(padded) + m; }
   A* shift(int64_t m) const { return scale(m) + padded; }
@@ -81,6 +100,8 @@ class Constants {
     for (int64_t i = 0; p.has_primary && i < blocks.count; ++i) {
       if (tiled(p))
         pack_tiles(a, blocks[i]);
+      else if (in_parts(p))
+        pack_parts(a, blocks[i]);
       else
         pack_primary(a, blocks[i]);
     }
@@ -113,6 +134,22 @@ class Constants {
     for (int64_t i = 0; i < min_of(width, p.primary - m); ++i)
       for (int64_t k = 0; k < depth; ++k)
         to[((i / L * lines + k / 2) * L + i % L) * 2 + k % 2] = weight[i * depth + place(k)];
+  }
+
+  void pack_parts(const InferArgs& a, ChannelBlock block) const {
+    if constexpr (sizeof(T) == 4) {
+      const auto [m, width] = block;
+      const PartChunks chunks = part_chunks(p);
+      const float* weight = static_cast<const float*>(a.primary_weight) + m * depth;
+      bf16* const to = reinterpret_cast<bf16*>(primary(m));
+      memset(to, 0, width * lines * sizeof(A));
+      for (int64_t i = 0; i < min_of(width, p.primary - m); ++i)
+        for (int64_t k = 0; k < chunks.count(); ++k)
+          for (int64_t n = 0; n < chunks.numbers(k); ++n)
+            for (int part = 0; part < kParts; ++part)
+              to[i / L * chunks.stream() + (k * kParts + part) * kTileNumbers + chunks.in_lanes(i % L, n)] =
+                  part_of(weight[i * depth + place(k / chunks.each * chunks.depth + chunks.begin(k) + n)], part);
+    }
   }
 
   void pack_primary(const InferArgs& a, ChannelBlock block) const {

@@ -48,7 +48,9 @@ class Primary {
 
   // Numbers that `rows` needs for a buffer.
   int64_t buffer() const {
-    if (banded()) return band_rows(band()) * line();
+    const int64_t parts = in_parts(p) ? part_chunks(p).buffer() / 2 : 0;
+    if (banded()) return band_rows(band()) * line() + parts;
+    if (parts) return parts;
     return gathers() || sizeof(T) != sizeof(A) ? kPixels * pitch() : 0;
   }
 
@@ -67,20 +69,40 @@ class Primary {
 #if defined(__AMX_BF16__)
     if constexpr (std::is_same_v<T, bf16>)
       if (tiled(p)) {
-        TileProduct g{.a = image + pixel * x_pixel,
+        TileProduct g{.to = result(b, pixels, y),
+                      .a = image + pixel * x_pixel,
                       .a_row = x_pixel,
-                      .b = reinterpret_cast<const bf16_pair*>(constants.primary(b.m)),
+                      .b = reinterpret_cast<const bf16*>(constants.primary(b.m)),
                       .chunks = chunks.count,
-                      .chunk = chunks.size,
-                      .c = y,
-                      .c_row = b.width,
-                      .rows = pixels,
-                      .vectors = b.width / L,
-                      .scale = constants.scale(b.m),
-                      .shift = constants.shift(b.m),
-                      .activation = p.activation};
+                      .chunk = chunks.size};
         auto run = [&](const TileProduct& part) { gemm(part, w.tiles); };
         return gathers() ? gathered(g, image, pixel, pixels, reinterpret_cast<bf16*>(w.wide), run) : run(g);
+      }
+    if constexpr (std::is_same_v<T, float>)
+      if (in_parts(p)) {
+        PartsProduct g{.to = result(b, pixels, y),
+                       .a = image + row * p.stride * p.in_width * x_pixel,
+                       .a_row = p.stride * x_pixel,
+                       .a_segment = 0,
+                       .line = p.width,
+                       .a_line = p.stride * p.in_width * x_pixel,
+                       .b = reinterpret_cast<const bf16*>(constants.primary(b.m)),
+                       .chunks = part_chunks(p),
+                       .buffer = reinterpret_cast<bf16*>(w.wide)};
+        if (!banded()) return gemm(g, w.tiles);
+        float* const copy = w.wide + g.chunks.buffer() / 2;
+        g.a = copy;
+        g.a_row = p.stride * p.in_channels;
+        g.a_segment = line();
+        g.a_line = p.stride * line();
+        for (int64_t count; row < stop; row += count) {
+          count = min_of(band(), stop - row);
+          copy_band(image, row * p.stride - p.primary_kernel / 2, band_rows(count), copy);
+          g.to.rows = count * p.width;
+          gemm(g, w.tiles);
+          g.to.c += g.to.rows * g.to.c_row;
+        }
+        return;
       }
 #endif
     auto run = [](const auto& product) { gemm(product); };
@@ -110,7 +132,10 @@ class Primary {
   // Whether its rows pass through a buffer although they have x's dtype.
   bool gathers() const { return narrow() && (windows() || (p.has_primary && tiled(p) && chunks.copies)); }
   // Whether some rows of x are copied, with zeros around.
-  bool banded() const { return windows() && !narrow() && (p.primary_kernel > 1 || sizeof(T) != sizeof(A)); }
+  bool banded() const {
+    if (in_parts(p)) return p.primary_kernel > 1 || !p.channels_last;
+    return windows() && !narrow() && (p.primary_kernel > 1 || sizeof(T) != sizeof(A));
+  }
   int64_t line() const { return (p.in_width + p.primary_kernel - 1) * p.in_channels; }
   // Rows of x that so many rows of the maps are made from, and rows of the maps that are made from one band.
   int64_t band_rows(int64_t rows) const { return (rows - 1) * p.stride + p.primary_kernel; }
@@ -137,6 +162,19 @@ class Primary {
         normalise<A>(to, to, channels, p.activation, scale, shift);
     }
   }
+
+#if defined(__AMX_BF16__)
+  // Of a product by tiles.
+  TileResult result(ChannelBlock b, int64_t pixels, float* y) const {
+    return {.c = y,
+            .c_row = straight() ? a.out.step : b.width,
+            .rows = pixels,
+            .cols = straight() ? min_of(b.width, p.primary - b.m) : b.width,
+            .scale = constants.scale(b.m),
+            .shift = constants.shift(b.m),
+            .activation = p.activation};
+  }
+#endif
 
   // Of a block's channels, for pixels of x.
   template <class X, class Weight>
@@ -186,6 +224,8 @@ class Primary {
   // Rows [row, row + count) of x in channels_last and in the compute type, zeros around.
   void copy_band(const T* image, int64_t row, int64_t count, A* to) const {
     const int64_t channels = p.in_channels, edge = p.primary_kernel / 2 * channels;
+    if (!p.channels_last && p.primary_kernel == 1)  // all at once, so that vectors along a short row are not half empty
+      return transpose(image + row * p.in_width, x_channel, channels, count * p.in_width, to, channels);
     for (const int64_t end = row + count; row < end; ++row, to += line()) {
       if (row < 0 || row >= p.in_height) {
         memset(to, 0, line() * sizeof(A));
@@ -208,22 +248,28 @@ class Primary {
   void gathered(G g, const In* image, int64_t pixel, int64_t count, X* buffer, Run run) const {
     g.a = buffer;
     g.a_row = p.channels_last ? pitch() : 1;
+    auto& to = [&]() -> auto& {
+      if constexpr (requires { g.to; })
+        return g.to;
+      else
+        return g;
+    }();
     if constexpr (requires { g.a_k; }) g.a_k = p.channels_last ? 1 : kPixels;
     if (pitch() > p.depth())
       for (int64_t q = 0; q < min_of(kPixels, count); ++q)
         memset(buffer + q * pitch() + p.depth(), 0, (pitch() - p.depth()) * sizeof(X));
     for (int64_t i = 0; i < count; i += kPixels) {
-      g.rows = min_of(kPixels, count - i);
+      to.rows = min_of(kPixels, count - i);
       if (!windows() && p.channels_last)
-        for (int64_t q = 0; q < g.rows; ++q)
+        for (int64_t q = 0; q < to.rows; ++q)
           copy_run(image + (pixel + i + q) * x_pixel, buffer + q * pitch(), p.in_channels);
       else if (!windows())
         for (int64_t c = 0; c < p.in_channels; ++c)
-          copy_run(image + c * x_channel + pixel + i, buffer + c * kPixels, g.rows);
+          copy_run(image + c * x_channel + pixel + i, buffer + c * kPixels, to.rows);
       else
-        patches(image, pixel + i, g.rows, buffer);
+        patches(image, pixel + i, to.rows, buffer);
       run(g);
-      g.c += kPixels * g.c_row;
+      to.c += kPixels * to.c_row;
     }
   }
 

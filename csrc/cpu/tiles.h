@@ -1,8 +1,8 @@
-// Products of bf16 numbers by the processor's tile registers (AMX).
+// The processor's tile registers (AMX), which multiply bf16 numbers.
 //
-// Eight registers hold 16 rows of 64 bytes each: sums of 16 pixels x 16 channels, 32 numbers of 16 pixels, or 16 pairs
-// of weights along the depth of 16 channels. One instruction adds the product of the last two to the first, 16,384
-// operations in 16 cycles. With FIF_SANITIZED plain C++ does the same, so that sanitizers see every access.
+// Eight registers hold 16 rows of 64 bytes each: sums of 16 rows x 16 lanes, 32 numbers of 16 rows, or 16 pairs along
+// the depth of 16 lanes. One instruction adds the product of the last two to the first, 16,384 operations in 16 cycles.
+// With FIF_SANITIZED plain C++ does the same, so that sanitizers see every access.
 #pragma once
 
 #include "vec.h"
@@ -18,7 +18,7 @@ constexpr bool kTiles = false;
 constexpr int kTileSide = 16;                    // rows, and columns of sums
 constexpr int kTileDepth = 32;                   // numbers of a row
 constexpr int kTileBytes = 64;                   // of a row
-enum Tile { kSums, kPixels = 4, kWeights = 6 };  // four registers of sums, two of pixels, two of weights
+enum Tile { kSums, kRowTiles = 4, kLaneTiles = 6 };  // four registers of sums, two of either factor
 
 // Of the registers; the layout is the processor's.
 struct alignas(64) TileShapes {
@@ -27,17 +27,21 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {};
 
   TileShapes() = default;
-  // For products of `pixels` pixels (16 at most) and `depth` numbers (32 at most, even) at a time.
-  TileShapes(int pixels, int depth) : palette(1) {
+  // For products of `count` rows (16 at most) and `depth` numbers (32 at most, even) at a time.
+  TileShapes(int count, int depth) : palette(1) {
     for (int t = 0; t < 8; ++t) {
-      bytes[t] = static_cast<uint16_t>(t >= kPixels && t < kWeights ? 2 * depth : kTileBytes);
-      rows[t] = static_cast<uint8_t>(t < kWeights ? pixels : depth / 2);
+      bytes[t] = static_cast<uint16_t>(t >= kRowTiles && t < kLaneTiles ? 2 * depth : kTileBytes);
+      rows[t] = static_cast<uint8_t>(t < kLaneTiles ? count : depth / 2);
     }
   }
 };
 static_assert(sizeof(TileShapes) == 64);
 
 #if defined(__AMX_BF16__) && !defined(FIF_SANITIZED)
+
+// Where another thread runs on the same core, tile instructions that follow each other closely take twice as long as
+// those with other work between them; for a thread alone these cost nothing.
+#define FIF_BREATH "\n.rept 8\nnop\n.endr"
 
 // The registers, for as long as this lives. GCC's own intrinsics take literal numbers alone, and say nothing of memory.
 class TileRegisters {
@@ -62,16 +66,16 @@ class TileRegisters {
   }
   template <int T>
   FIF_INLINE void load(const void* from, int64_t step) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(step), "i"(T) : "memory");
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" FIF_BREATH ::"r"(from), "r"(step), "i"(T) : "memory");
   }
   template <int T>
   FIF_INLINE void store(void* to, int64_t step) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(step), "i"(T) : "memory");
   }
-  // sums += pixels * weights
-  template <int S, int P, int W>
+  // sums += rows * lanes
+  template <int S, int R, int L>
   FIF_INLINE void multiply_add() {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(S), "i"(P), "i"(W));
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" FIF_BREATH ::"i"(S), "i"(R), "i"(L));
   }
 
  private:
@@ -98,7 +102,7 @@ class TileRegisters {
     for (int r = 0; r < shapes_.rows[T]; ++r)
       for (int i = 0; i < shapes_.bytes[T]; ++i) static_cast<char*>(to)[r * step + i] = data_[T][r][i];
   }
-  template <int S, int P, int W>
+  template <int S, int R, int L>
   void multiply_add() {
     auto number = [&](int t, int r, int i) {
       bf16 v;
@@ -112,7 +116,7 @@ class TileRegisters {
       for (int j = 0; j < kTileSide; ++j) {
         float sum;
         memcpy(&sum, &data_[S][r][4 * j], 4);
-        for (int k = 0; k < shapes_.bytes[P] / 2; ++k) sum += number(P, r, k) * number(W, k / 2, 2 * j + k % 2);
+        for (int k = 0; k < shapes_.bytes[R] / 2; ++k) sum += number(R, r, k) * number(L, k / 2, 2 * j + k % 2);
         memcpy(&data_[S][r][4 * j], &sum, 4);
       }
   }
@@ -127,24 +131,5 @@ class TileRegisters {
 class TileRegisters {};
 
 #endif
-
-// The depth of a product in equal chunks that a tile holds. Where none divide it, rows of pixels must be copied to
-// `width` numbers, zeros at their ends.
-struct TileChunks {
-  int64_t count, size;
-  bool copies;
-
-  explicit TileChunks(int64_t depth) {
-    const int64_t least = max_of<int64_t>(1, ceil_div(depth, kTileDepth));
-    for (count = least; count <= least + 1; ++count) {
-      size = depth / count;
-      copies = size * count != depth || size % 2 != 0;
-      if (!copies) return;
-    }
-    count = least;
-    size = kTileDepth;
-  }
-  int64_t width() const { return count * size; }
-};
 
 }  // namespace fif::FIF_ISA

@@ -95,6 +95,12 @@ struct IndexOf<8> {
   using type = int64_t;
 };
 
+// A number as a type.
+template <int Value>
+struct Constant {
+  static constexpr int value = Value;
+};
+
 template <class N>
 FIF_INLINE N min_of(N a, N b) {
   return b < a ? b : a;
