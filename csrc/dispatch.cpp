@@ -33,12 +33,14 @@ namespace fif {
 
 FIF_VARIANT(baseline, baseline)
 #if defined(__x86_64__)
+#if defined(FIF_SANITIZED)
+FIF_VARIANT(amx, amx)
+#else
 FIF_VARIANT(avx2, avx2)
-#if !defined(FIF_SANITIZED)
 FIF_VARIANT(avx512, avx512)
+FIF_VARIANT(avx512bf16, avx512)
+FIF_VARIANT(amx, avx512)
 #endif
-FIF_VARIANT(avx512bf16, avx512bf16)
-FIF_VARIANT(amx, avx512bf16)
 #endif
 #undef FIF_VARIANT
 #undef FIF_DECLARE
@@ -76,11 +78,11 @@ struct Available {
   Available() {
 #if defined(__x86_64__)
     int n = 1;
-    if (has_avx2()) list[n++] = &avx2_kernels;
 #if !defined(FIF_SANITIZED)
+    if (has_avx2()) list[n++] = &avx2_kernels;
     if (has_avx512()) list[n++] = &avx512_kernels;
-#endif
     if (has_avx512bf16()) list[n++] = &avx512bf16_kernels;
+#endif
     if (has_amx()) list[n++] = &amx_kernels;
 #endif
   }

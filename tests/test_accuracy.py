@@ -219,7 +219,7 @@ def test_every_depth_of_products_in_parts(depth, options):
                 assert torch.equal(FusedFiF.from_reference(unit)(inner), FusedFiF.from_reference(unit)(x))
 
 
-@pytest.mark.parametrize("in_channels, maps, size", [(64, 64, 28), (256, 256, 7), (72, 200, 14), (384, 192, 7)])
+@pytest.mark.parametrize(("in_channels", "maps", "size"), [(64, 64, 28), (256, 256, 7), (72, 200, 14), (384, 192, 7)])
 @both_layouts
 def test_large_products_are_as_exact_as_those_of_the_framework(layout, in_channels, maps, size):
     torch.manual_seed(in_channels)

@@ -14,13 +14,15 @@ from fif_ops import backends, ops
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 ISAS = ops.library_info()["cpu_isas"]
+# Under sanitizers plain C++ does what the tile registers do, on processors without them too.
+SANITIZED_ISAS = [isa for isa, needs in {"baseline": "baseline", "amx": "avx512bf16"}.items() if needs in ISAS]
 needs_kernels = pytest.mark.skipif(not ISAS, reason="the package was installed without its kernels")
 
 # A compact part of test_accuracy.py: all layouts, formats, kernel sizes and activations, forward and backward.
 COMPACT = "random or every or nan_and or halo or large_maps or frozen or slopes or kinked"
-# These are the same code, but for products of bfloat16: beside one of them the others are tested for that.
+# These are the same code, but for products: beside one of them the others are tested for that.
 WIDE = {"avx512", "avx512bf16", "amx"}
-IN_16_BITS = "16_bit or every_format_and_layout"
+PRODUCTS = "16_bit or every_format_and_layout or every_number or parts"
 # As much as the sanitizers' slowness allows.
 SANITIZED = "every_format_and_layout or every_depth"
 
@@ -81,7 +83,7 @@ def test_the_list_is_what_the_processor_reports():
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != ops.CPU_ISA])
 def test_every_other_instruction_set(isa):
     """That of this process has the whole of test_accuracy.py."""
-    done = run_tests(isa, IN_16_BITS if {isa, ops.CPU_ISA} <= WIDE else COMPACT)
+    done = run_tests(isa, PRODUCTS if {isa, ops.CPU_ISA} <= WIDE else COMPACT)
     assert done.returncode == 0, report(done)
 
 
@@ -197,10 +199,6 @@ def sanitizers():
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "OMP_NUM_THREADS": "1",
     }
-
-
-# Under sanitizers plain C++ does what the tile registers do, on processors without them too; setup.py leaves one out.
-SANITIZED_ISAS = sorted({*ISAS, *(["amx"] if "avx512bf16" in ISAS else [])} - {"avx512"})
 
 
 @pytest.mark.slow

@@ -309,8 +309,8 @@ void pack(const Problem& p, const InferArgs& a, void* to) {
 
 void infer_channels(const Problem& p, const InferArgs& a, const Threads& threads) {
   with_format(p.dtype, [&](auto format) {
-    with_kernel_size(
-        p.kernel, [&](auto k) { ChannelWise<typename decltype(format)::type, decltype(k)::value>(p, a, threads.count).run(threads);
+    with_kernel_size(p.kernel, [&](auto k) {
+      ChannelWise<typename decltype(format)::type, decltype(k)::value>(p, a, threads.count).run(threads);
     });
   });
 }

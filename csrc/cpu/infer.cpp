@@ -71,56 +71,6 @@ struct PrimaryMaps {
   }
 };
 
-// How many channels make a block: as even as may be. In parts, x is taken apart for every block.
-int64_t planar_block(const Problem& p, int64_t threads) {
-  if (!in_parts(p)) return even_block(p.primary, kTileRows);
-  constexpr int64_t kMost = 12 * kTileSide;
-  return even_block(p.primary, min_of(kMost, ceil_div(ceil_div(p.primary, threads), kTileSide) * kTileSide));
-}
-
-#if defined(__AMX_BF16__)
-// The primary maps by tiles, from numbers in parts.
-class PlanarParts {
-  const Problem& p;
-  const InferArgs& a;
-  const PartChunks chunks;
-  const int64_t block, tile_rows, tiles;  // channels of a block and of a tile, tiles of a block
-  const Scratch<bf16> weights, buffers;
-
- public:
-  PlanarParts(const Problem& problem, const InferArgs& args, int64_t block, int64_t threads)
-      : p(problem), a(args), chunks(1, p.in_channels), block(block), tile_rows(even_block(block, kTileSide)),
-        tiles(ceil_div(block, tile_rows)), weights(ceil_div(p.primary, block) * tiles * chunks.stream()),
-        buffers(threads * chunks.buffer()) {
-    for (int64_t m = 0; m < p.primary; m += block)
-      take_rows_apart(weight(m), min_of(block, p.primary - m), chunks, tile_rows, of_block(m / block));
-  }
-  void operator()(const Place& at, float* maps, int64_t step, const ScaleShift<float>& norm) const {
-    const int64_t m = at.block * block, pixel = at.row * p.width;
-    TileRegisters registers;
-    gemm(PlanarPartsProduct{.to = {.c = maps + m * step + pixel,
-                                   .c_row = step,
-                                   .rows = min_of(block, p.primary - m),
-                                   .cols = (at.stop - at.row) * p.width,
-                                   .scale = norm.scale() + m,
-                                   .shift = norm.shift() + m,
-                                   .activation = p.activation},
-                            .rows = weight(m),
-                            .a = of_block(at.block),
-                            .tile_rows = tile_rows,
-                            .b = static_cast<const float*>(a.x.data) + at.n * a.x.batch + pixel,
-                            .b_k = a.x.step,
-                            .chunks = chunks,
-                            .buffer = buffers.get() + at.thread * chunks.buffer()},
-         registers);
-  }
-
- private:
-  const float* weight(int64_t m) const { return static_cast<const float*>(a.primary_weight) + m * p.in_channels; }
-  bf16* of_block(int64_t i) const { return weights.get() + i * tiles * chunks.stream(); }
-};
-#endif
-
 template <class T, int K>
 void infer_planar(const Problem& p, const InferArgs& a, const Threads& threads) {
   using A = Compute<T>;
@@ -128,7 +78,10 @@ void infer_planar(const Problem& p, const InferArgs& a, const Threads& threads) 
   const Computed<T> cheap_weight(a.cheap_weight, p.cheap() * K * K);
   const ScaleShift<A> primary_norm(a.primary, p.primary), cheap_norm(a.cheap, p.cheap());
   constexpr int64_t kAhead = 2 * kLanes<A>;  // the next tile's pixels, in most blocks
-  const int64_t block = planar_block(p, threads.count), blocks = ceil_div(p.primary, block);
+  const bool by_parts = in_parts(p);
+  const int64_t block = by_parts ? RowsInParts::block(p.primary, threads.count) : even_block(p.primary, kTileRows);
+  const int64_t blocks = ceil_div(p.primary, block);
+  const RowsInParts parts(a.primary_weight, by_parts ? p.primary : 0, p.in_channels, block, threads.count);
   const PrimaryMaps<T> maps(p, a, max_of<int64_t>(threads.count, p.batch * blocks < threads.count ? p.batch : 0));
 
   auto primary = [&](const Place& at) {
@@ -142,6 +95,17 @@ void infer_planar(const Problem& p, const InferArgs& a, const Threads& threads) 
             [&, c](int64_t, Mask) { return splat<A>(primary_norm.shift()[c]); });
       return;
     }
+    if constexpr (std::is_same_v<T, float>)
+      if (by_parts)
+        return parts.multiply(m, static_cast<const float*>(a.x.data) + at.n * a.x.batch + pixel, a.x.step,
+                              {.c = maps.at(p, at) + m * maps.map.step + pixel,
+                               .c_row = maps.map.step,
+                               .rows = min_of(block, p.primary - m),
+                               .cols = (at.stop - at.row) * p.width,
+                               .scale = primary_norm.scale() + m,
+                               .shift = primary_norm.shift() + m,
+                               .activation = p.activation},
+                              at.thread);
     gemm(Gemm<A, T, T>{.a = primary_weight.get() + m * p.in_channels,
                        .a_row = p.in_channels,
                        .a_k = 1,
@@ -180,16 +144,7 @@ void infer_planar(const Problem& p, const InferArgs& a, const Threads& threads) 
       }
     }
   };
-  const int64_t rows = tile_rows(p, p.in_channels * sizeof(T));
-#if defined(__AMX_BF16__)
-  if constexpr (std::is_same_v<T, float>)
-    if (in_parts(p)) {
-      const PlanarParts by_tiles(p, a, block, threads.count);
-      auto run = [&](const Place& at) { by_tiles(at, maps.at(p, at), maps.map.step, primary_norm); };
-      return sweep(p, threads, blocks, rows, run, cheap);
-    }
-#endif
-  sweep(p, threads, blocks, rows, primary, cheap);
+  sweep(p, threads, blocks, tile_rows(p, p.in_channels * sizeof(T)), primary, cheap);
 }
 
 // Whether a vector along a row of the map would leave a quarter of its lanes empty.

@@ -2,8 +2,7 @@
 // folded.
 #pragma once
 
-#include "pass.h"
-#include "tile_gemm.h"
+#include "parts.h"
 
 namespace fif::FIF_ISA {
 
@@ -14,11 +13,9 @@ struct ChannelBlock {
 
 // Whether the product takes bf16 numbers as they lie in x: by tiles, or in pairs.
 inline bool tiled(const Problem& p) { return kTiles && p.dtype == Dtype::bf16 && p.channels_last; }
-// Whether it takes f32 numbers in parts, by tiles. For short sums or few channels, taking x apart costs what the tiles
-// save, and so does turning planes of x by 90 degrees.
+// Whether it takes f32 numbers in parts, by tiles. Many planes of x are not worth turning by 90 degrees.
 inline bool in_parts(const Problem& p) {
-  constexpr int64_t kShort = 24, kFew = 48;
-  if (!kTiles || p.dtype != Dtype::f32 || !p.has_primary || p.depth() < kShort || p.primary <= kFew) return false;
+  if (p.dtype != Dtype::f32 || !p.has_primary || !parts_pay(p.depth(), p.primary)) return false;
   return p.channels_last || p.primary_kernel > 1 || p.in_channels <= 2 * p.primary;
 }
 inline PartChunks part_chunks(const Problem& p) {
@@ -79,8 +76,7 @@ class Constants {
         lines(tiled(p)          ? TileChunks(depth).width() / 2
                   : in_parts(p) ? part_chunks(p).stream() / kTileDepth
                                 : depth),
-        taps(int64_t(p.kernel) * p.kernel),
-        depthwise_taps(int64_t(p.depthwise_kernel) * p.depthwise_kernel),
+        taps(int64_t(p.kernel) * p.kernel), depthwise_taps(int64_t(p.depthwise_kernel) * p.depthwise_kernel),
         data(static_cast<A*>(const_cast<void*>(memory))) {}
 
   int64_t bytes() const { return (depthwise(padded, 0) - primary(0)) * int64_t(sizeof(A)); }

@@ -45,7 +45,7 @@ struct TileBlock {
 // The registers of a block's sums: two sets for fewer than four tiles, so that no product waits for the one before it.
 template <int Parts, int Rows, int Cols>
 struct Registers {
-  static constexpr int sets = Parts > 1 && Rows * Cols < 4 ? 2 : 1;
+  static constexpr int sets = Parts > 1 && Rows* Cols < 4 ? 2 : 1;
   static constexpr int at(int r, int j, int set) {
     return kSums + (sets == 1 ? 2 * r + j : Rows == 2 ? 2 * r + set : 2 * set + j);
   }
@@ -61,8 +61,7 @@ VecF multiply_add(const PartsProduct& g, int64_t i, int64_t j) {
     for (int64_t n = 0; n < g.chunks.numbers(k); ++n) {
       VecF weight{};
       for (int part = kParts - 1; part >= 0; --part)
-        for (int l = 0; l < kTileSide; ++l)
-          weight[l] += to_compute(b[part * kTileNumbers + g.chunks.in_lanes(l, n)]);
+        for (int l = 0; l < kTileSide; ++l) weight[l] += to_compute(b[part * kTileNumbers + g.chunks.in_lanes(l, n)]);
       sum += splat<float>(a[n]) * weight;
     }
   }
@@ -150,12 +149,12 @@ class TileSums {
   // Some rows of a tile.
   template <class Activate>
   FIF_INLINE void place_next(Activate activate) {
-    float(*sums)[kTileSide] = sums_[tile_ / block_.cols * 2 + tile_ % block_.cols] + line_;
+    float (*sums)[kTileSide] = sums_[tile_ / block_.cols * 2 + tile_ % block_.cols] + line_;
     const int64_t row = block_.row[tile_ / block_.cols] + line_, col = block_.col[tile_ % block_.cols];
     const int count = static_cast<int>(min_of<int64_t>(min_of(kLines, rows_ - line_), g.to.rows - row));
     if constexpr (Parts > 1)
       if (sets_ == 2) {
-        const float(*others)[kTileSide] = sums + 4 * kTileSide;
+        const float (*others)[kTileSide] = sums + 4 * kTileSide;
         for (int i = 0; i < count; ++i) store(sums[i], load(sums[i]) + load(others[i]));
       }
     if (!write(sums, count, row, col, activate)) {
@@ -175,8 +174,8 @@ class TileSums {
     const float *scales = g.to.scale + (kByRow ? row : col), *shifts = g.to.shift + (kByRow ? row : col);
     VecF scale{}, shift{}, zero{};
     if constexpr (!kByRow) {
-      scale = load(scales);
-      shift = load(shifts);
+      scale = load(scales, lanes);
+      shift = load(shifts, lanes);
     }
     float* c = g.to.c + row * step + col;
     auto one = [&](int i) __attribute__((always_inline)) {
@@ -342,7 +341,8 @@ FIF_INLINE void store_parts(VecF first, VecF second, bf16* to) {
 // are chunks. While a chunk is multiplied for the last time, the next block's same chunk goes to the free slot.
 class Ring {
  public:
-  Ring(bf16* memory, int64_t chunks) : begin_(memory), end_(memory + (chunks + 1) * kSlot), now_(memory), free_(memory) {}
+  Ring(bf16* memory, int64_t chunks)
+      : begin_(memory), end_(memory + (chunks + 1) * kSlot), now_(memory), free_(memory) {}
   bf16* take() {
     bf16* const slot = free_;
     free_ = after(free_, 1);
@@ -406,11 +406,11 @@ class RowParts {
     // What lies beyond a chunk's pairs no product reads; beyond a segment it may not be there.
     if (chunk + 1 < g.chunks.each) {
       FIF_UNROLL for (int i = 0; i < kLines; ++i)
-        store_parts(load(from[i] + first), load(from[i] + second), out + i * kTileDepth);
+          store_parts(load(from[i] + first), load(from[i] + second), out + i * kTileDepth);
     } else {
       const Mask l = low, h = high;
       FIF_UNROLL for (int i = 0; i < kLines; ++i)
-        store_parts(load(from[i] + first, l), load(from[i] + second, h), out + i * kTileDepth);
+          store_parts(load(from[i] + first, l), load(from[i] + second, h), out + i * kTileDepth);
     }
     line += kLines;
     if (line == lines) next_chunk();
@@ -461,7 +461,7 @@ class PlaneParts {
     const int64_t firsts = min_of(half, left) - at, seconds = min_of(half, left - half) - at;
     if (seconds >= kLines) {
       FIF_UNROLL for (int i = 0; i < kLines; ++i)
-        store_parts(load(first + i * step, all), load(second + i * step, all), out + i * kTileDepth);
+          store_parts(load(first + i * step, all), load(second + i * step, all), out + i * kTileDepth);
     } else {
       for (int i = 0; i < min_of<int64_t>(kLines, half - at); ++i)
         store_parts(i < firsts ? load(first + i * step, all) : VecF{},
@@ -567,11 +567,11 @@ void gemm(const PlanarPartsProduct& g, TileRegisters& tiles) {
       const bool last = i + 2 * size >= g.to.rows;
       if (last && j + 2 * kTileSide < g.to.cols) ahead.start(parts.start(columns(j + 2 * kTileSide)), kSteps * chunks);
       const bf16* rows = g.a + i / size * stream;
-      multiply_block(tiles,
-                     Factors{.rows = {{rows, rows + stream}, kParts * kTileNumbers},
-                             .row_bytes = kTileBytes,
-                             .lanes = ring.stream()},
-                     chunks, b, sums, last ? ahead : nothing);
+      multiply_block(
+          tiles,
+          Factors{
+              .rows = {{rows, rows + stream}, kParts * kTileNumbers}, .row_bytes = kTileBytes, .lanes = ring.stream()},
+          chunks, b, sums, last ? ahead : nothing);
     }
     ring.advance(chunks);
   }

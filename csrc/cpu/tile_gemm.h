@@ -37,8 +37,8 @@ constexpr int kParts = 3;
 constexpr int64_t kTileNumbers = kTileSide * kTileDepth;
 
 // The same for numbers in parts, in `segments` that do not share a chunk: as few chunks as may be, zeros at the end of
-// the last of a segment. Factors lie in tiles: [tiles of rows or lanes, chunks, parts, a tile's memory], where a chunk's
-// numbers i and size / 2 + i are pair i.
+// the last of a segment. Factors lie in tiles: [tiles of rows or lanes, chunks, parts, a tile's memory], where a
+// chunk's numbers i and size / 2 + i are pair i.
 struct PartChunks {
   int64_t segments, depth, each, size;  // depth of a segment, chunks of one
 
@@ -51,8 +51,7 @@ struct PartChunks {
   int64_t numbers(int64_t k) const { return min_of(size, depth - begin(k)); }
   // bf16 numbers of one tile's rows or lanes over the whole depth.
   int64_t stream() const { return count() * kParts * kTileNumbers; }
-  // Where in a tile of rows, or one of lanes, number n of a chunk lies.
-  int64_t in_row(int64_t i, int64_t n) const { return i * kTileDepth + n % (size / 2) * 2 + n / (size / 2); }
+  // Where in a tile of lanes number n of a chunk lies.
   int64_t in_lanes(int64_t j, int64_t n) const { return (n % (size / 2) * kTileSide + j) * 2 + n / (size / 2); }
   // bf16 numbers for what one thread takes apart.
   int64_t buffer() const { return 2 * stream() + 2 * kParts * kTileNumbers; }

@@ -15,9 +15,9 @@ constexpr bool kTiles = true;
 constexpr bool kTiles = false;
 #endif
 
-constexpr int kTileSide = 16;                    // rows, and columns of sums
-constexpr int kTileDepth = 32;                   // numbers of a row
-constexpr int kTileBytes = 64;                   // of a row
+constexpr int kTileSide = 16;                        // rows, and columns of sums
+constexpr int kTileDepth = 32;                       // numbers of a row
+constexpr int kTileBytes = 64;                       // of a row
 enum Tile { kSums, kRowTiles = 4, kLaneTiles = 6 };  // four registers of sums, two of either factor
 
 // Of the registers; the layout is the processor's.
