@@ -148,7 +148,10 @@ def at_the_end(shape, dtype, last):
 
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for *shape, maps in ((1, 32, 345, 3, 16), (2, 9, 345, 3, 16), (3, 33, 7, 7, 20), (1, 5, 1, 1, 3), (1, 70, 14, 13, 40)):
+    for *shape, maps in (
+        (1, 32, 345, 3, 16), (2, 9, 345, 3, 16), (3, 33, 7, 7, 20), (1, 5, 1, 1, 3), (1, 70, 14, 13, 40),
+        (2, 33, 7, 7, 50), (1, 45, 3, 5, 64), (1, 70, 9, 17, 97),
+    ):
         for last in (False, True):
             x = at_the_end(shape, dtype, last)
             for kernel in (1, 3):

@@ -1,7 +1,7 @@
 // The primary maps with lanes along channels: a product over pixels of x, in dense rows of the compute type. Where the
 // convolution is k x k, over windows of some rows of x, copied with zeros around: the depth of the product then has k
-// segments. Products of 16-bit numbers take whole patches instead, at the price of k * k copies of a pixel. Limit: the
-// multiply-add units.
+// segments. Products of f32 numbers in parts copy planes of NCHW like that even where it is 1x1. Products of 16-bit
+// numbers take whole patches instead, at the price of k * k copies of a pixel. Limit: the multiply-add units, or tiles.
 #pragma once
 
 #include <type_traits>
