@@ -439,7 +439,8 @@ class PlaneParts {
   bf16* to = nullptr;
 
  public:
-  PlaneParts(const PlanarPartsProduct& product, Ring& ring) : g(product), ring(ring), half(g.chunks.size / 2) {}
+  PlaneParts(const PlanarPartsProduct& product, Ring& ring, int64_t)
+      : g(product), ring(ring), half(g.chunks.size / 2) {}
 
   int64_t start(const TileBlock& b) {
     for (int t = 0; t < b.cols; ++t) {
@@ -512,33 +513,56 @@ void gemm(const TileProduct& g, TileRegisters& tiles) {
   sums.finish();
 }
 
-void gemm(const PartsProduct& g, TileRegisters& tiles) {
-  const int64_t size = even_block(g.to.rows, kTileSide), chunks = g.chunks.count(), stream = g.chunks.stream();
+namespace {
+
+// Walks over the factor that is taken apart on the way, two tiles at a time, and for each over the constant one. With
+// Work = RowParts the former are rows, with PlaneParts lanes.
+template <class Work, class Product>
+void multiply_in_parts(const Product& g, TileRegisters& tiles, const bf16* constants, int64_t size) {
+  constexpr bool kTakesRows = std::is_same_v<Work, RowParts>;
+  const int64_t chunks = g.chunks.count(), stream = g.chunks.stream();
   tiles.shape(TileShapes(static_cast<int>(size), static_cast<int>(g.chunks.size)));
-  TileSums<PartsProduct> sums(g, static_cast<int>(size));
+  TileSums<Product> sums(g, static_cast<int>(size));
   Ring ring(g.buffer, chunks);
-  RowParts parts(g, ring, size);
+  Work parts(g, ring, size);
   Ahead ahead(parts), nothing(parts);
-  auto rows = [&](int64_t i) {
+  auto set_rows = [&](TileBlock& b, int64_t i) {
+    if constexpr (kTakesRows) {
+      b.rows = pair_of(i, size, g.to.rows, b.row);
+    } else {  // the constants' tiles lie where they lie
+      b.row[0] = i;
+      b.row[1] = i + size;
+      b.rows = b.row[1] < g.to.rows ? 2 : 1;
+    }
+  };
+  auto set_lanes = [&](TileBlock& b, int64_t j) {
+    b.col[0] = j;
+    b.col[1] = j + kTileSide;
+    b.cols = b.col[1] < g.to.cols ? 2 : 1;
+  };
+  auto taken = [&](int64_t i) {
     TileBlock b;
-    b.rows = pair_of(i, size, g.to.rows, b.row);
+    kTakesRows ? set_rows(b, i) : set_lanes(b, i);
     return b;
   };
-  ahead.start(parts.start(rows(0)), 1);
-  for (int64_t i = 0; i < g.to.rows; i += 2 * size) {
+  const int64_t row_step = 2 * size, lane_step = 2 * kTileSide;
+  const int64_t taken_step = kTakesRows ? row_step : lane_step, taken_count = kTakesRows ? g.to.rows : g.to.cols;
+  const int64_t other_step = kTakesRows ? lane_step : row_step, other_count = kTakesRows ? g.to.cols : g.to.rows;
+  ahead.start(parts.start(taken(0)), 1);
+  for (int64_t i = 0; i < taken_count; i += taken_step) {
     ahead.finish();
-    TileBlock b = rows(i);
-    for (int64_t j = 0; j < g.to.cols; j += 2 * kTileSide) {
-      b.col[0] = j;
-      b.col[1] = j + kTileSide;
-      b.cols = b.col[1] < g.to.cols ? 2 : 1;
-      const bool last = j + 2 * kTileSide >= g.to.cols;
-      if (last && i + 2 * size < g.to.rows) ahead.start(parts.start(rows(i + 2 * size)), kSteps * chunks);
-      const bf16* lanes = g.b + j / kTileSide * stream;
+    TileBlock b = taken(i);
+    const int64_t next = i + taken_step;
+    for (int64_t j = 0; j < other_count; j += other_step) {
+      kTakesRows ? set_lanes(b, j) : set_rows(b, j);
+      const bool last = j + other_step >= other_count;
+      if (last && next < taken_count) ahead.start(parts.start(taken(next)), kSteps * chunks);
+      const bf16* other = constants + j / (other_step / 2) * stream;
+      const TileStream on_the_way = ring.stream(), constant{{other, other + stream}, kParts * kTileNumbers};
       multiply_block(tiles,
-                     Factors{.rows = ring.stream(),
+                     Factors{.rows = kTakesRows ? on_the_way : constant,
                              .row_bytes = kTileBytes,
-                             .lanes = {{lanes, lanes + stream}, kParts * kTileNumbers}},
+                             .lanes = kTakesRows ? constant : on_the_way},
                      chunks, b, sums, last ? ahead : nothing);
     }
     ring.advance(chunks);
@@ -546,36 +570,14 @@ void gemm(const PartsProduct& g, TileRegisters& tiles) {
   sums.finish();
 }
 
+}  // namespace
+
+void gemm(const PartsProduct& g, TileRegisters& tiles) {
+  multiply_in_parts<RowParts>(g, tiles, g.b, even_block(g.to.rows, kTileSide));
+}
+
 void gemm(const PlanarPartsProduct& g, TileRegisters& tiles) {
-  const int64_t size = g.tile_rows, chunks = g.chunks.count(), stream = g.chunks.stream();
-  tiles.shape(TileShapes(static_cast<int>(size), static_cast<int>(g.chunks.size)));
-  TileSums<PlanarPartsProduct> sums(g, static_cast<int>(size));
-  Ring ring(g.buffer, chunks);
-  PlaneParts parts(g, ring);
-  Ahead ahead(parts), nothing(parts);
-  auto columns = [&](int64_t j) {
-    return TileBlock{.col = {j, j + kTileSide}, .cols = j + kTileSide < g.to.cols ? 2 : 1};
-  };
-  ahead.start(parts.start(columns(0)), 1);
-  for (int64_t j = 0; j < g.to.cols; j += 2 * kTileSide) {
-    ahead.finish();
-    TileBlock b = columns(j);
-    for (int64_t i = 0; i < g.to.rows; i += 2 * size) {
-      b.row[0] = i;
-      b.row[1] = i + size;
-      b.rows = b.row[1] < g.to.rows ? 2 : 1;
-      const bool last = i + 2 * size >= g.to.rows;
-      if (last && j + 2 * kTileSide < g.to.cols) ahead.start(parts.start(columns(j + 2 * kTileSide)), kSteps * chunks);
-      const bf16* rows = g.a + i / size * stream;
-      multiply_block(
-          tiles,
-          Factors{
-              .rows = {{rows, rows + stream}, kParts * kTileNumbers}, .row_bytes = kTileBytes, .lanes = ring.stream()},
-          chunks, b, sums, last ? ahead : nothing);
-    }
-    ring.advance(chunks);
-  }
-  sums.finish();
+  multiply_in_parts<PlaneParts>(g, tiles, g.a, g.tile_rows);
 }
 #endif
 
